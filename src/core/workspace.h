@@ -1,0 +1,44 @@
+// The cut of a workspace into arrays, each on a cache line of its own. One function describes the cut and
+// serves both to measure a workspace (null memory) and to use it, so that the two cannot disagree:
+//
+//   Buffers cut(Arena& arena, std::size_t n) {
+//     return {.scores = arena.take<float>(n), .keys = arena.take<std::int32_t>(n)};
+//   }
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "flash_dmattn/target.h"
+
+namespace flash_dmattn {
+
+inline constexpr std::size_t kWorkspaceAlignment = 64;
+
+class Arena {
+ public:
+  Arena() = default;  // measures
+  explicit Arena(const Workspace& workspace)
+      : base_(align(reinterpret_cast<std::uintptr_t>(workspace.data))) {}
+
+  // Uninitialised memory for `count` elements; null while measuring.
+  template <typename T>
+  T* take(std::size_t count) {
+    const std::uintptr_t begin = base_ + used_;
+    used_ += align(count * sizeof(T));
+    return base_ == 0 ? nullptr : reinterpret_cast<T*>(begin);
+  }
+
+  // Bytes of a workspace that holds what was taken, wherever it begins.
+  std::size_t bytes() const { return used_ == 0 ? 0 : used_ + kWorkspaceAlignment - 1; }
+
+ private:
+  static std::uintptr_t align(std::uintptr_t value) {
+    return (value + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+  }
+
+  std::uintptr_t base_ = 0;
+  std::size_t used_ = 0;
+};
+
+}  // namespace flash_dmattn
