@@ -1,0 +1,166 @@
+#include <cmath>
+
+#include "core/dtype.h"
+#include "core/layout.h"
+#include "core/validation.h"
+
+namespace flash_dmattn {
+namespace {
+
+// The sizes that the tensors of one call share.
+struct Sizes {
+  bool packed;
+  std::int64_t batch = 0, seqlen_q = 0, seqlen_k = 0;  // packed: seqlen_q and seqlen_k are the totals
+  std::int64_t heads_q = 0, heads_kv = 0, head_dim = 0;
+  DType dtype, accumulation;
+};
+
+// Checks a tensor of one of the four kinds with Validator::input or Validator::output.
+using Check = bool (Validator::*)(const char*, const TensorView&, Validator::DTypes, Validator::Axes);
+
+bool check_q_rows(Validator& check, Check how, const char* name, const TensorView& tensor,
+                  const Sizes& sizes) {
+  if (sizes.packed) {
+    return (check.*how)(name, tensor, {sizes.dtype},
+                        {{"total_q", sizes.seqlen_q}, {"H", sizes.heads_q}, {"D", sizes.head_dim}});
+  }
+  return (check.*how)(
+      name, tensor, {sizes.dtype},
+      {{"B", sizes.batch}, {"Sq", sizes.seqlen_q}, {"H", sizes.heads_q}, {"D", sizes.head_dim}});
+}
+
+bool check_k_rows(Validator& check, Check how, const char* name, const TensorView& tensor,
+                  const Sizes& sizes) {
+  if (sizes.packed) {
+    return (check.*how)(name, tensor, {sizes.dtype},
+                        {{"total_k", sizes.seqlen_k}, {"Hkv", sizes.heads_kv}, {"D", sizes.head_dim}});
+  }
+  return (check.*how)(
+      name, tensor, {sizes.dtype},
+      {{"B", sizes.batch}, {"Sk", sizes.seqlen_k}, {"Hkv", sizes.heads_kv}, {"D", sizes.head_dim}});
+}
+
+bool check_per_key(Validator& check, Check how, const char* name, const TensorView& tensor, DType dtype,
+                   const Sizes& sizes) {
+  if (sizes.packed) {
+    return (check.*how)(name, tensor, {dtype}, {{"total_k", sizes.seqlen_k}, {"Hkv", sizes.heads_kv}});
+  }
+  return (check.*how)(name, tensor, {dtype},
+                      {{"B", sizes.batch}, {"Hkv", sizes.heads_kv}, {"Sk", sizes.seqlen_k}});
+}
+
+bool check_per_query(Validator& check, Check how, const char* name, const TensorView& tensor,
+                     const Sizes& sizes) {
+  if (sizes.packed) {
+    return (check.*how)(name, tensor, {sizes.accumulation},
+                        {{"H", sizes.heads_q}, {"total_q", sizes.seqlen_q}});
+  }
+  return (check.*how)(name, tensor, {sizes.accumulation},
+                      {{"B", sizes.batch}, {"H", sizes.heads_q}, {"Sq", sizes.seqlen_q}});
+}
+
+// Query decides the type and D, query and key the lengths and heads.
+template <typename Args>
+void check_query_and_key(Validator& check, const Args& args, Sizes& sizes) {
+  const auto& query = args.query.shape;
+  const auto& key = args.key.shape;
+  if (sizes.packed) {
+    if (!check.input("query", args.query, kFloatingTypes, {{"total_q"}, {"H"}, {"D"}})) return;
+    if (!check.input("key", args.key, {args.query.dtype}, {{"total_k"}, {"Hkv"}, {"D", query[2]}})) return;
+  } else {
+    if (!check.input("query", args.query, kFloatingTypes, {{"B"}, {"Sq"}, {"H"}, {"D"}})) return;
+    if (!check.input("key", args.key, {args.query.dtype},
+                     {{"B", query[0]}, {"Sk"}, {"Hkv"}, {"D", query[3]}})) {
+      return;
+    }
+    sizes.batch = query[0];
+  }
+  const int row_axis = sizes.packed ? 0 : 1;
+  sizes.seqlen_q = query[row_axis];
+  sizes.seqlen_k = key[row_axis];
+  sizes.heads_q = query[row_axis + 1];
+  sizes.heads_kv = key[row_axis + 1];
+  sizes.head_dim = query[row_axis + 2];
+  sizes.dtype = args.query.dtype;
+  sizes.accumulation = accumulation_dtype(sizes.dtype);
+  check.require(sizes.head_dim >= 1, "query", "head dim D = 0", "at least 1");
+  const bool divides = sizes.heads_kv == 0 ? sizes.heads_q == 0 : sizes.heads_q % sizes.heads_kv == 0;
+  check.require(divides, "key", "Hkv = " + std::to_string(sizes.heads_kv),
+                "a divisor of query's H = " + std::to_string(sizes.heads_q));
+}
+
+template <typename Args>
+void check_sequences(Validator& check, const Args& args, const Sizes& sizes) {
+  if (!sizes.packed) {
+    check.require(!args.causal || sizes.seqlen_q <= sizes.seqlen_k, "query",
+                  "Sq = " + std::to_string(sizes.seqlen_q),
+                  "at most Sk = " + std::to_string(sizes.seqlen_k) + " when causal");
+    return;
+  }
+  if (!check.cu_seqlens("cu_seqlens_q", args.cu_seqlens_q, "total_q", sizes.seqlen_q)) return;
+  if (!check.cu_seqlens("cu_seqlens_k", args.cu_seqlens_k, "total_k", sizes.seqlen_k)) return;
+  const std::int64_t length = args.cu_seqlens_q.shape[0];
+  check.require(args.cu_seqlens_k.shape[0] == length, "cu_seqlens_k",
+                std::to_string(args.cu_seqlens_k.shape[0]) + " elements",
+                std::to_string(length) + " as in cu_seqlens_q");
+  if (!check.ok() || !args.causal) return;
+  const Layout layout = make_layout(args);
+  for (std::int64_t index = 0; index < layout.num_sequences; ++index) {
+    const Sequence sequence = layout.sequence(index);
+    if (sequence.seqlen_q <= sequence.seqlen_k) continue;
+    return check.fail("cu_seqlens_q",
+                      std::to_string(sequence.seqlen_q) + " rows in sequence " + std::to_string(index),
+                      "at most its " + std::to_string(sequence.seqlen_k) + " keys when causal");
+  }
+}
+
+// What forward and backward share.
+template <typename Args>
+Sizes check_inputs(Validator& check, const Args& args) {
+  Sizes sizes{.packed = args.cu_seqlens_q.present() || args.cu_seqlens_k.present(),
+              .dtype = args.query.dtype,
+              .accumulation = DType::kFloat32};
+  check_query_and_key(check, args, sizes);
+  if (!check.ok()) return sizes;
+  check_k_rows(check, &Validator::input, "value", args.value, sizes);
+  if (args.bias.present()) {
+    check_per_key(check, &Validator::input, "bias", args.bias, sizes.accumulation, sizes);
+  }
+  if (args.expiry.present()) {
+    check_per_key(check, &Validator::input, "expiry", args.expiry, DType::kInt32, sizes);
+  }
+  if (check.ok()) check_sequences(check, args, sizes);
+  check.require(std::isfinite(args.scale), "scale", std::to_string(args.scale), "a finite number");
+  return sizes;
+}
+
+}  // namespace
+
+std::string validate(const ForwardArgs& args, const Target& target) {
+  Validator check("forward");
+  const Sizes sizes = check_inputs(check, args);
+  if (check.ok()) check_q_rows(check, &Validator::output, "out", args.out, sizes);
+  if (args.lse.present()) check_per_query(check, &Validator::output, "lse", args.lse, sizes);
+  check.target(target);
+  return check.message();
+}
+
+std::string validate(const BackwardArgs& args, const Target& target) {
+  Validator check("backward");
+  const Sizes sizes = check_inputs(check, args);
+  if (check.ok()) check_q_rows(check, &Validator::input, "out", args.out, sizes);
+  check_per_query(check, &Validator::input, "lse", args.lse, sizes);
+  check_q_rows(check, &Validator::input, "dout", args.dout, sizes);
+  if (args.dlse.present()) check_per_query(check, &Validator::input, "dlse", args.dlse, sizes);
+  if (args.dq.present()) check_q_rows(check, &Validator::output, "dq", args.dq, sizes);
+  if (args.dk.present()) check_k_rows(check, &Validator::output, "dk", args.dk, sizes);
+  if (args.dv.present()) check_k_rows(check, &Validator::output, "dv", args.dv, sizes);
+  check.require(!args.dbias.present() || args.bias.present(), "dbias", "a tensor without bias", "none");
+  if (args.dbias.present()) {
+    check_per_key(check, &Validator::output, "dbias", args.dbias, sizes.accumulation, sizes);
+  }
+  check.target(target);
+  return check.message();
+}
+
+}  // namespace flash_dmattn
