@@ -29,14 +29,14 @@ class Arena {
     return base_ == 0 ? nullptr : reinterpret_cast<T*>(begin);
   }
 
+  static constexpr std::size_t align(std::size_t value) {
+    return (value + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+  }
+
   // Bytes of a workspace that holds what was taken, wherever it begins.
   std::size_t bytes() const { return used_ == 0 ? 0 : used_ + kWorkspaceAlignment - 1; }
 
  private:
-  static std::uintptr_t align(std::uintptr_t value) {
-    return (value + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
-  }
-
   std::uintptr_t base_ = 0;
   std::size_t used_ = 0;
 };
