@@ -93,32 +93,34 @@ void Validator::check_type_and_shape(const char* name, const TensorView& tensor,
   if (std::find(dtypes.begin(), dtypes.end(), tensor.dtype) == dtypes.end()) {
     return fail(name, std::string("dtype ") + dtype_name(tensor.dtype), describe(dtypes));
   }
-  const std::string got = "shape " + list(tensor.shape, tensor.rank);
+  const auto got = [&] { return "shape " + list(tensor.shape, tensor.rank); };
   std::int64_t bytes = static_cast<std::int64_t>(dtype_size(tensor.dtype));
   int index = 0;
   for (const Axis& axis : axes) {
     const std::int64_t size = tensor.shape[index++];
-    if (axis.size != kAnySize && size != axis.size) return fail(name, got, describe(axes));
-    if (size < 0 || size > kMaxAxis) return fail(name, got, "sizes from 0 to " + std::to_string(kMaxAxis));
+    if (axis.size != kAnySize && size != axis.size) return fail(name, got(), describe(axes));
+    if (size < 0 || size > kMaxAxis) return fail(name, got(), "sizes from 0 to " + std::to_string(kMaxAxis));
     bytes = bounded_multiply_add(bytes, std::max<std::int64_t>(size, 1), 0);
   }
-  if (bytes > kMaxBytes) fail(name, got, "at most 2^56 bytes");
+  if (bytes > kMaxBytes) fail(name, got(), "at most 2^56 bytes");
 }
 
 void Validator::check_memory(const char* name, const TensorView& tensor) {
   if (tensor.num_elements() == 0) return;
-  require(tensor.data != nullptr, name, "a null pointer",
-          "memory for shape " + list(tensor.shape, tensor.rank));
-  const std::size_t item = dtype_size(tensor.dtype);
-  require(reinterpret_cast<std::uintptr_t>(tensor.data) % item == 0, name, "misaligned memory",
-          "an address divisible by " + std::to_string(item));
+  const auto item = static_cast<std::int64_t>(dtype_size(tensor.dtype));
+  if (tensor.data == nullptr) {
+    return fail(name, "a null pointer", "memory for shape " + list(tensor.shape, tensor.rank));
+  }
+  if (reinterpret_cast<std::uintptr_t>(tensor.data) % item != 0) {
+    return fail(name, "misaligned memory", "an address divisible by " + std::to_string(item));
+  }
   std::int64_t extent = 1;
   for (int axis = 0; axis < tensor.rank; ++axis) {
     extent = bounded_multiply_add(tensor.shape[axis] - 1, magnitude(tensor.stride[axis]), extent);
   }
-  extent = bounded_multiply_add(extent, static_cast<std::int64_t>(item), 0);
-  require(extent <= kMaxBytes, name, "strides " + list(tensor.stride, tensor.rank),
-          "elements within 2^56 bytes");
+  if (bounded_multiply_add(extent, item, 0) > kMaxBytes) {
+    fail(name, "strides " + list(tensor.stride, tensor.rank), "elements within 2^56 bytes");
+  }
 }
 
 void Validator::check_writable(const char* name, const TensorView& tensor) {
@@ -129,12 +131,15 @@ void Validator::check_writable(const char* name, const TensorView& tensor) {
     const std::int64_t stride = magnitude(tensor.stride[axis]);
     std::int64_t span = 0;
     for (int other = 0; other < tensor.rank; ++other) {
+      if (other == axis || tensor.shape[other] == 1) continue;
       const std::int64_t smaller = magnitude(tensor.stride[other]);
-      if (other != axis && smaller <= stride) span += smaller * (tensor.shape[other] - 1);
+      if (smaller <= stride) span += smaller * (tensor.shape[other] - 1);
     }
-    require(stride > span, name,
-            "shape " + list(tensor.shape, tensor.rank) + " with strides " + list(tensor.stride, tensor.rank),
-            "strides under which no two elements of an output share memory");
+    if (stride <= span) {
+      const std::string strides = " with strides " + list(tensor.stride, tensor.rank);
+      return fail(name, "shape " + list(tensor.shape, tensor.rank) + strides,
+                  "strides under which no two elements of an output share memory");
+    }
   }
   for (int i = 0; i < num_seen_; ++i) {
     if (seen_[i].data == tensor.data) {
