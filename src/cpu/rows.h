@@ -1,0 +1,46 @@
+// One head of a tensor whose element type is known only at run time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "core/layout.h"
+
+namespace flash_dmattn::cpu {
+
+struct Rows {
+  std::byte* data = nullptr;
+  std::int64_t row_bytes = 0;
+  std::int64_t column_bytes = 0;
+  DType dtype = DType::kFloat32;
+
+  bool present() const { return data != nullptr; }
+  bool unit_stride() const { return column_bytes == static_cast<std::int64_t>(dtype_size(dtype)); }
+  std::byte* row(std::int64_t index) const { return data + index * row_bytes; }
+};
+
+// A matrix as Layout::q_rows and k_rows give it, with its strides turned into bytes.
+template <class T>
+Rows erase_type(const MatrixView<T>& matrix, DType dtype) {
+  constexpr std::int64_t kBytes = sizeof(T);
+  return {reinterpret_cast<std::byte*>(matrix.data), matrix.row_stride * kBytes, matrix.column_stride * kBytes, dtype};
+}
+
+inline Rows query_rows(const Layout& layout, const TensorView& tensor, const Sequence& sequence, std::int64_t head) {
+  switch (dtype_size(tensor.dtype)) {
+    case 8: return erase_type(layout.q_rows<double>(tensor, sequence, head), tensor.dtype);
+    case 4: return erase_type(layout.q_rows<float>(tensor, sequence, head), tensor.dtype);
+    default: return erase_type(layout.q_rows<std::uint16_t>(tensor, sequence, head), tensor.dtype);
+  }
+}
+
+inline Rows key_rows(const Layout& layout, const TensorView& tensor, const Sequence& sequence, std::int64_t head) {
+  switch (dtype_size(tensor.dtype)) {
+    case 8: return erase_type(layout.k_rows<double>(tensor, sequence, head), tensor.dtype);
+    case 4: return erase_type(layout.k_rows<float>(tensor, sequence, head), tensor.dtype);
+    default: return erase_type(layout.k_rows<std::uint16_t>(tensor, sequence, head), tensor.dtype);
+  }
+}
+
+}  // namespace flash_dmattn::cpu
