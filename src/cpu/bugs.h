@@ -54,7 +54,7 @@ inline constexpr const char* kBugNames[] = {
     "one key of each gathered block loses its bias",
     "sums are not rescaled when the maximum moves",
     "dk is scaled 1 % too large",
-    "dq loses the last block of keys",
+    "dq loses the first block of keys",
     "dk and dv lose the last head of the group",
     "lse is off by 1e-3",
     "the gradient of lse is ignored",

@@ -40,14 +40,15 @@ void start_tile(const ForwardProblem& problem, const QueryTile& tile, const Forw
 template <class T>
 void gather(const ForwardProblem& problem, const QueryTile& tile, const ForwardScratch<T>& scratch, int num_keys) {
   const std::int64_t head_dim = problem.layout.head_dim;
-  const std::int64_t kv_head = tile.kv_head;
+  const std::int64_t kv_head =
+      injected(Bug::kWrongHead) ? (tile.kv_head + 1) % problem.layout.heads_kv : tile.kv_head;
   const Rows key = key_rows(problem.layout, problem.args.key, tile.sequence, kv_head);
   const Rows value = key_rows(problem.layout, problem.args.value, tile.sequence, kv_head);
   for (int n = 0; n < num_keys; ++n) {
     const std::int32_t j = scratch.entries[n].key;
     load_row(key, j, head_dim, scratch.keys + n * head_dim);
     load_row(value, j, head_dim, scratch.row);
-    scatter_to_panels(scratch.row, head_dim, n, kTileN * kPanel, scratch.value_panels);
+    scatter_to_panels(scratch.row, head_dim, head_dim, n, kTileN * kPanel, scratch.value_panels);
   }
   const auto bias = problem.layout.per_key<const T>(problem.args.bias, tile.sequence, kv_head);
   gather_bias(bias, scratch.entries, num_keys, scratch.bias);

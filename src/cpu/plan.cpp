@@ -50,8 +50,10 @@ Plan build_shared_list(const PlanShape& shape, VectorView<const std::int32_t> ex
 }
 
 // A segment's list holds the keys alive at its start, at most as many as it has positions, and its births. Only the
-// last segment may be shorter than its list: three entries per key in all.
-std::int64_t entries_per_key(bool causal, bool has_expiry) { return has_expiry ? (causal ? 3 : 1) : 0; }
+// first segment, which alignment may cut short, and the last may have more keys than that: three entries per key in all.
+std::int64_t entries_per_key(bool causal, bool has_expiry) {
+  return has_expiry ? (causal ? kMaxEntriesPerKey : 1) : 0;
+}
 
 // The first and the last segment may be cut short.
 std::int64_t segments_per_head(std::int64_t seqlen_q) { return seqlen_q / kMinSegment + 2; }

@@ -18,6 +18,8 @@
 
 namespace flash_dmattn::cpu {
 
+inline constexpr std::int64_t kMaxEntriesPerKey = 3;
+
 struct PlanEntry {
   std::int32_t key;
   std::int32_t expiry;

@@ -6,6 +6,7 @@
 
 #include "core/dtype.h"
 #include "core/layout.h"
+#include "core/numeric.h"
 
 namespace flash_dmattn::cpu {
 
@@ -19,6 +20,27 @@ struct Rows {
   bool unit_stride() const { return column_bytes == static_cast<std::int64_t>(dtype_size(dtype)); }
   std::byte* row(std::int64_t index) const { return data + index * row_bytes; }
 };
+
+// One element of any floating-point type.
+template <class T>
+T load_element(const void* src, DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64: return static_cast<T>(*static_cast<const double*>(src));
+    case DType::kBFloat16: return bfloat16_to_float(*static_cast<const std::uint16_t*>(src));
+    case DType::kFloat16: return float16_to_float(*static_cast<const std::uint16_t*>(src));
+    default: return *static_cast<const float*>(src);
+  }
+}
+
+template <class T>
+void store_element(T value, DType dtype, void* dst) {
+  switch (dtype) {
+    case DType::kFloat64: *static_cast<double*>(dst) = value; break;
+    case DType::kBFloat16: *static_cast<std::uint16_t*>(dst) = float_to_bfloat16(static_cast<float>(value)); break;
+    case DType::kFloat16: *static_cast<std::uint16_t*>(dst) = float_to_float16(static_cast<float>(value)); break;
+    default: *static_cast<float*>(dst) = static_cast<float>(value);
+  }
+}
 
 // A matrix as Layout::q_rows and k_rows give it, with its strides turned into bytes.
 template <class T>

@@ -134,27 +134,6 @@ HWY_INLINE Vec<T> exp2_nonpositive(Vec<T> x) {
   return hn::IfThenZeroElse(underflow, hn::Mul(p, pow2_of_whole<T>(whole)));
 }
 
-// One element of any floating-point type.
-template <class T>
-HWY_INLINE T load_element(const void* src, DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64: return static_cast<T>(*static_cast<const double*>(src));
-    case DType::kBFloat16: return bfloat16_to_float(*static_cast<const std::uint16_t*>(src));
-    case DType::kFloat16: return float16_to_float(*static_cast<const std::uint16_t*>(src));
-    default: return *static_cast<const float*>(src);
-  }
-}
-
-template <class T>
-HWY_INLINE void store_element(T value, DType dtype, void* dst) {
-  switch (dtype) {
-    case DType::kFloat64: *static_cast<double*>(dst) = value; break;
-    case DType::kBFloat16: *static_cast<std::uint16_t*>(dst) = float_to_bfloat16(static_cast<float>(value)); break;
-    case DType::kFloat16: *static_cast<std::uint16_t*>(dst) = float_to_float16(static_cast<float>(value)); break;
-    default: *static_cast<float*>(dst) = static_cast<float>(value);
-  }
-}
-
 // dst[0 .. count) = one row of a matrix in the arithmetic type.
 template <class T>
 HWY_INLINE void load_row(const Rows& rows, std::int64_t index, std::size_t count, T* HWY_RESTRICT dst) {
@@ -208,10 +187,10 @@ HWY_INLINE void store_row(const T* HWY_RESTRICT src, T factor, std::size_t count
   }
 }
 
-// Copies `count` values of one row into the panels that cover them: panel p holds the values [p * kPanel, ...) of row
-// `row`, at panels + p * panel_stride + row * kPanel. Values past `count` in the last panel are 0.
+// Copies the first `count` of a row's `width` values into the panels that cover the row, and 0 after them: panel p
+// holds the values [p * kPanel, ...), at panels + p * panel_stride + row * kPanel.
 template <class T>
-HWY_INLINE void scatter_to_panels(const T* HWY_RESTRICT values, std::size_t count, std::size_t row,
+HWY_INLINE void scatter_to_panels(const T* HWY_RESTRICT values, std::size_t count, std::size_t width, std::size_t row,
                                   std::size_t panel_stride, T* HWY_RESTRICT panels) {
   constexpr Tag<T> d;
   T* dst = panels + row * kPanel;
@@ -222,9 +201,24 @@ HWY_INLINE void scatter_to_panels(const T* HWY_RESTRICT values, std::size_t coun
       hn::Store(hn::LoadU(d, values + i + v * kLanes<T>), d, dst + v * kLanes<T>);
     }
   }
-  if (i < count) {
-    for (int lane = 0; lane < kPanel; ++lane) dst[lane] = i + lane < count ? values[i + lane] : T(0);
+  for (; i < width; i += kPanel, dst += panel_stride) {
+    for (std::size_t lane = 0; lane < kPanel; ++lane) dst[lane] = i + lane < count ? values[i + lane] : T(0);
   }
+}
+
+// Sum of a[i] * b[i].
+template <class T>
+HWY_INLINE T dot(const T* HWY_RESTRICT a, const T* HWY_RESTRICT b, std::size_t count) {
+  constexpr Tag<T> d;
+  Vec<T> sums[2] = {hn::Zero(d), hn::Zero(d)};
+  std::size_t i = 0;
+  for (; i + 2 * kLanes<T> <= count; i += 2 * kLanes<T>) {
+    sums[0] = hn::MulAdd(hn::LoadU(d, a + i), hn::LoadU(d, b + i), sums[0]);
+    sums[1] = hn::MulAdd(hn::LoadU(d, a + i + kLanes<T>), hn::LoadU(d, b + i + kLanes<T>), sums[1]);
+  }
+  T sum = hn::GetLane(hn::SumOfLanes(d, hn::Add(sums[0], sums[1])));
+  for (; i < count; ++i) sum += a[i] * b[i];
+  return sum;
 }
 
 }  // namespace flash_dmattn::cpu::HWY_NAMESPACE
