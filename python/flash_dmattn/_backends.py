@@ -1,0 +1,270 @@
+"""Which implementation serves a call: an ordered table, each entry with a why_not.
+
+Unless one is asked for, the native kernels run where they can, and the reference takes masks and biases with
+a query axis until they have kernels of their own. The others run on request only: nobody gets a slow path
+unawares.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _ops, _select, reference
+from ._arguments import Problem, SelectProblem
+from ._checks import refuse
+
+__all__ = ["BACKENDS", "attend", "available", "check_name", "explain", "select"]
+
+ENVIRONMENT_VARIABLE = "FLASH_DMATTN_BACKEND"
+
+
+class Backend(NamedTuple):
+    name: str
+    unavailable: Callable[[], str]  # why it serves no call in this process, or ""
+    why_not: Callable[[Problem], str]  # why it does not take this problem, or ""
+    attend: Callable[[Problem], tuple[Tensor, Tensor | None]]
+    select: Callable[[SelectProblem], Tensor]
+
+
+def attend(problem: Problem, name: str | None) -> tuple[Tensor, Tensor | None]:
+    """out and lse, by the backend of this name or by the first that takes the problem."""
+    backend = _choose(problem, name)
+    if problem.score is not None:
+        expiry = backend.select(
+            SelectProblem(
+                function=problem.function,
+                score=problem.score,
+                keep_window_size=problem.keep_window_size,
+                is_causal=problem.is_causal,
+                num_sinks=0,
+                local_window=0,
+                cu_seqlens=problem.cu_seqlens_k,
+            )
+        )
+        problem = problem._replace(expiry=expiry.expand(problem.key_sizes), score=None)
+    return backend.attend(problem)
+
+
+def select(problem: SelectProblem) -> Tensor:
+    """expiry, by the native kernel; in tensor operations on devices that have none."""
+    device, name = problem.score.device.type, _requested(problem.function, None)
+    if name in ("flex", "reference"):
+        return _named(name).select(problem)
+    if name is not None and name != device:
+        raise NotImplementedError(f"{problem.function}: backend {name!r} takes no tensors on {device}")
+    if not (reason := _no_kernels(device)):
+        return _native_select(problem)
+    if name is not None or device == "cpu":
+        raise (ImportError if _load_error else NotImplementedError)(reason)
+    return _tensor_select(problem)
+
+
+def available() -> list[str]:
+    return [backend.name for backend in BACKENDS if not backend.unavailable()]
+
+
+def check_name(function: str, argument: str, name: str) -> None:
+    names = [backend.name for backend in BACKENDS]
+    if name not in names:
+        refuse(function, argument, repr(name), f"one of {', '.join(names)}")
+
+
+def explain(problem: Problem, name: str | None) -> str:
+    """One line per backend: what would run, and why each other one would not."""
+    try:
+        chosen = _choose(problem, name).name
+    except (NotImplementedError, ImportError):
+        chosen = None
+    lines = []
+    for backend in BACKENDS:
+        reason = backend.why_not(problem) or "not asked for"
+        lines.append(f"{backend.name}: {'runs' if backend.name == chosen else reason}")
+        if backend.name == chosen and backend.attend is _native_attend:
+            lines += [f"  {line}" for line in _ops.native.explain(*_native_arguments(problem)).splitlines()]
+    return "\n".join(lines)
+
+
+def _requested(function: str, name: str | None) -> str | None:
+    if name is not None:
+        return name
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    if name:
+        check_name(function, ENVIRONMENT_VARIABLE, name)
+    return name or None
+
+
+def _named(name: str) -> Backend:
+    return next(backend for backend in BACKENDS if backend.name == name)
+
+
+def _choose(problem: Problem, name: str | None) -> Backend:
+    name = _requested(problem.function, name)
+    if name is None:
+        candidates = [_named("cuda"), _named("cpu")] + ([_named("reference")] if problem.is_dense else [])
+    else:
+        candidates = [_named(name)]
+    for backend in candidates:
+        if not backend.why_not(problem):
+            return backend
+
+    raise _no_backend(problem, name)
+
+
+def _no_backend(problem: Problem, name: str | None) -> Exception:
+    device = problem.query.device.type
+    if name in (None, "cpu") and device == "cpu" and _load_error:
+        return ImportError(_load_error)
+    reasons = {backend.name: backend.why_not(problem) for backend in BACKENDS}
+    what = (
+        f"backend {name!r} does not take this call"
+        if name
+        else f"this build has no kernel for {device} tensors"
+    )
+    ways_out = " and ".join(repr(other) for other, reason in reasons.items() if not reason)
+    if ways_out:
+        what += f"; {ways_out} would, if asked for by flash_dmattn_func_auto or {ENVIRONMENT_VARIABLE}"
+    listed = "; ".join(f"{other}: {reason or 'would run'}" for other, reason in reasons.items())
+    return NotImplementedError(f"{problem.function}: {what} ({listed})")
+
+
+# The native kernels: one set of operators, which PyTorch dispatches by device.
+
+try:
+    from . import _library
+
+    _library.load()
+    _ops.register()
+    _load_error = ""
+except ImportError as error:
+    _load_error = str(error)
+
+_NO_KERNELS = {
+    device: _load_error
+    or (
+        ""
+        if torch._C._dispatch_has_kernel_for_dispatch_key("flash_dmattn::forward", device.upper())
+        else f"this build has no kernels for {device}"
+    )
+    for device in ("cuda", "cpu")
+}
+
+
+def _no_kernels(device: str) -> str:
+    """Why there are no native kernels for this device, or ""."""
+    return _NO_KERNELS.get(device, f"there are no kernels for {device}")
+
+
+def _cuda_unavailable() -> str:
+    return _no_kernels("cuda") or ("" if torch.cuda.is_available() else "this machine has no CUDA device")
+
+
+def _native_why_not(device: str, problem: Problem) -> str:
+    if problem.query.device.type != device:
+        return f"the tensors are on {problem.query.device.type}"
+    if problem.is_dense:
+        return "takes no mask or bias with a query axis yet"
+    return _no_kernels(device)
+
+
+def _native_arguments(problem: Problem) -> tuple:
+    return (
+        problem.query,
+        problem.key,
+        problem.value,
+        problem.bias,
+        problem.expiry,
+        problem.cu_seqlens_q,
+        problem.cu_seqlens_k,
+        problem.scale,
+        problem.is_causal,
+    )
+
+
+def _native_attend(problem: Problem) -> tuple[Tensor, Tensor]:
+    return _ops.native.forward(*_native_arguments(problem))
+
+
+def _native_select(problem: SelectProblem) -> Tensor:
+    return _ops.native.select(
+        problem.score,
+        problem.keep_window_size,
+        problem.is_causal,
+        problem.num_sinks,
+        problem.local_window,
+        problem.cu_seqlens,
+    )
+
+
+# FlexAttention is imported when it is first used: not every build of PyTorch has it.
+
+
+def _flex_unavailable() -> str:
+    try:
+        from . import flex  # noqa: F401
+    except ImportError as error:
+        return f"this PyTorch has no FlexAttention ({error})"
+    return ""
+
+
+def _flex_why_not(problem: Problem) -> str:
+    if reason := _flex_unavailable():
+        return reason
+    from . import flex
+
+    return flex.why_not(problem)
+
+
+def _flex_attend(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    from . import flex
+
+    return flex.attention(problem)
+
+
+def _tensor_select(problem: SelectProblem) -> Tensor:
+    return _select.select_keys(*problem[1:])
+
+
+def _reference_attend(problem: Problem) -> tuple[Tensor, Tensor]:
+    if problem.is_packed:
+        return reference.attention_varlen(
+            problem.query,
+            problem.key,
+            problem.value,
+            problem.cu_seqlens_q,
+            problem.cu_seqlens_k,
+            problem.bias,
+            problem.expiry,
+            problem.scale,
+            problem.is_causal,
+        )
+    return reference.attention(
+        problem.query,
+        problem.key,
+        problem.value,
+        problem.bias,
+        problem.expiry,
+        problem.dense_bias,
+        problem.dense_mask,
+        problem.scale,
+        problem.is_causal,
+    )
+
+
+def _reference_select(problem: SelectProblem) -> Tensor:
+    return reference.select_keys(*problem[1:])
+
+
+BACKENDS = (
+    Backend("cuda", _cuda_unavailable, partial(_native_why_not, "cuda"), _native_attend, _native_select),
+    Backend(
+        "cpu", partial(_no_kernels, "cpu"), partial(_native_why_not, "cpu"), _native_attend, _native_select
+    ),
+    Backend("flex", _flex_unavailable, _flex_why_not, _flex_attend, _tensor_select),
+    Backend("reference", lambda: "", lambda problem: "", _reference_attend, _reference_select),
+)

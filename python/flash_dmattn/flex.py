@@ -1,0 +1,179 @@
+"""The backend "flex": the same function through PyTorch's FlexAttention, for the key-only forms.
+
+An oracle that shares no code with the kernels or the reference, and a fallback on GPUs. The interval mask is
+a mask_mod over expiry, the bias a score_mod; the block mask leaves out the tiles in which nothing can be
+visible. On CUDA FlexAttention is compiled. On the CPU PyTorch's unfused implementation runs (it holds Sq x Sk
+scores): the compiled one returns no lse; neither has a backward.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.functional import pad
+
+from ._arguments import Problem
+
+__all__ = ["attention", "why_not"]
+
+TILE = 128  # rows and keys of a tile of the block mask
+
+
+def why_not(problem: Problem) -> str:
+    """Why the backend does not take the problem, or ""."""
+    query, device = problem.query, problem.query.device.type
+    if device not in ("cpu", "cuda"):
+        return f"takes tensors on the CPU or on CUDA, not on {device}"
+    if problem.is_dense:
+        return "takes key-only masks and biases"
+    if 0 in (*query.shape, *problem.key.shape):
+        return "takes no empty tensors"
+    if device == "cuda":
+        if query.dtype == torch.float64:
+            return "takes no float64 on CUDA"
+        if query.shape[-1] < 16:
+            return f"takes head dims from 16 on CUDA, not {query.shape[-1]}"
+    elif problem.needs_grad:
+        return "FlexAttention has no backward on the CPU (call it under torch.no_grad())"
+    elif torch.compiler.is_compiling() and (problem.return_lse or query.dtype == torch.float64):
+        return "compiled FlexAttention on the CPU returns no lse and takes no float64"
+    return ""
+
+
+def attention(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """out and lse, the latter None where it is not asked for."""
+    attend = _attend
+    if problem.query.device.type == "cuda" and not torch.compiler.is_compiling():
+        attend = _compiled_attend()
+    with warnings.catch_warnings():
+        # On the CPU the unfused implementation is what we ask for.
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        return attend(
+            problem.query,
+            problem.key,
+            problem.value,
+            problem.bias,
+            problem.expiry,
+            problem.cu_seqlens_q,
+            problem.cu_seqlens_k,
+            problem.scale,
+            problem.is_causal,
+            problem.return_lse,
+        )
+
+
+@functools.cache
+def _compiled_attend():
+    return torch.compile(_attend)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    expiry: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    packed = cu_seqlens_q is not None
+    if packed:
+        query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+        bias = None if bias is None else bias.T.unsqueeze(0)
+        expiry = None if expiry is None else expiry.T.unsqueeze(0)
+    (batch, seqlen_q), (_, seqlen_k, heads_kv, _) = query.shape[:2], key.shape
+    group = query.shape[2] // heads_kv
+    if expiry is None:
+        expiry = torch.full((1, 1, 1), seqlen_k, dtype=torch.int32, device=query.device)
+    expiry = expiry.expand(batch, heads_kv, seqlen_k)
+    if bias is not None:
+        expiry = torch.where(bias.detach() == -math.inf, 0, expiry)
+    if packed:
+        position, expiry = _one_after_the_other(expiry, seqlen_q, cu_seqlens_q, cu_seqlens_k, is_causal)
+    else:
+        row = torch.arange(seqlen_q, device=query.device)
+        position = row + (seqlen_k - seqlen_q) if is_causal else row * 0 + (seqlen_k - 1)
+
+    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= position[i]) & (position[i] < expiry[b, h // group, j])
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + bias[b, h // group, j]
+
+    # What no row sees may hold NaN, and 0 * NaN is NaN.
+    unseen = ~_seen(position, expiry).transpose(1, 2).unsqueeze(-1)
+    result = flex_attention(
+        (query if torch.is_grad_enabled() else query.detach()).transpose(1, 2),
+        key.masked_fill(unseen, 0).transpose(1, 2),
+        value.masked_fill(unseen, 0).transpose(1, 2),
+        score_mod=None if bias is None else score_mod,
+        block_mask=_block_mask(mask_mod, position, expiry, group),
+        scale=scale,
+        enable_gqa=group > 1,
+        return_aux=AuxRequest(lse=True) if return_lse else None,
+    )
+    out, lse = (result[0], result[1].lse) if return_lse else (result, None)
+    out = out.transpose(1, 2).contiguous()
+    return (out.squeeze(0), None if lse is None else lse.squeeze(0)) if packed else (out, lse)
+
+
+def _one_after_the_other(
+    expiry: Tensor, seqlen_q: int, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Packed sequences as one: the position of every row and the expiry of every key, counted from the first
+    key of all. No interval then reaches beyond its own sequence. Any values of cu_seqlens are safe."""
+    seqlen_k = expiry.shape[-1]
+    bounds_q = cu_seqlens_q.long().clamp(0, seqlen_q)
+    bounds_k = cu_seqlens_k.long().clamp(0, seqlen_k)
+
+    row, sequence = _tokens(bounds_q, seqlen_q)
+    start, end = bounds_k[sequence], bounds_k[sequence + 1]
+    position = row - bounds_q[sequence + 1] + end if is_causal else end - 1
+    position = torch.where(position < start, -1, position)  # a row without keys
+
+    _, sequence = _tokens(bounds_k, seqlen_k)
+    start, end = bounds_k[sequence], bounds_k[sequence + 1]
+    return position, torch.minimum(start + expiry.clamp(min=0), end)
+
+
+def _tokens(bounds: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The index and the sequence of every token."""
+    token = torch.arange(length, device=bounds.device)
+    last = bounds.shape[0] - 2
+    return token, torch.bucketize(token, bounds[1:], right=True).clamp(max=last)
+
+
+def _seen(position: Tensor, expiry: Tensor) -> Tensor:
+    """Bool, shaped like expiry: whether any row's position lies in [j, expiry_j)."""
+    position = position.sort().values
+    key = torch.arange(expiry.shape[-1], device=expiry.device)
+    rows_before_expiry = torch.searchsorted(position, expiry.to(position.dtype).contiguous())
+    return rows_before_expiry > torch.searchsorted(position, key)
+
+
+def _block_mask(mask_mod, position: Tensor, expiry: Tensor, group: int) -> BlockMask:
+    """Visits the tiles whose rows meet the hull [first key, last expiry) of their keys; mask_mod decides
+    within."""
+    seqlen_q, seqlen_k = position.shape[0], expiry.shape[-1]
+    pad_q, pad_k = -seqlen_q % TILE, -seqlen_k % TILE
+    lowest = pad(position, (0, pad_q), value=seqlen_k).unflatten(0, (-1, TILE)).amin(-1)
+    highest = pad(position, (0, pad_q), value=-1).unflatten(0, (-1, TILE)).amax(-1)
+    last_expiry = pad(expiry, (0, pad_k)).unflatten(-1, (-1, TILE)).amax(-1)
+    first_key = torch.arange(last_expiry.shape[-1], device=expiry.device) * TILE
+    visit = (first_key <= highest[:, None]) & (lowest[:, None] < last_expiry[..., None, :])
+    visit = visit.repeat_interleave(group, dim=1).to(torch.int32)  # [B, H, tiles of rows, tiles of keys]
+    return BlockMask.from_kv_blocks(
+        visit.sum(-1, dtype=torch.int32),
+        torch.argsort(visit, dim=-1, descending=True, stable=True).to(torch.int32),
+        BLOCK_SIZE=TILE,
+        mask_mod=mask_mod,
+        seq_lengths=(seqlen_q, seqlen_k),
+    )
