@@ -3,10 +3,8 @@
     cd tests/python && python -c "from judge import *; check('cpu', Case(keep_window=8))"
 """
 
-import torch
-
 import tiers
-from cases import DTYPES, INT32_MAX, Case, Problem, accumulation, make
+from cases import DTYPES, INT32_MAX, Case, Problem, make
 from counters import count
 from kernels import OpsKernel, PublicKernel
 from oracle import Expected, expected

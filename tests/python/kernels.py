@@ -5,14 +5,15 @@ goes through `flash_dmattn_func` and autograd, with a backend chosen by name. A 
 live, which dtypes it takes and whether it keeps P and dS in float32; the suite has no other knowledge of it.
 """
 
+import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 import flash_dmattn
-from cases import Problem, accumulation
+from cases import Problem
 
-TENSORS = ("out", "lse", "dq", "dk", "dv", "dbias")
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,11 @@ class OpsKernel:
     def ops(self):
         return getattr(torch.ops, self.namespace)
 
+    def select_keys(self, score, keep_window, causal=True, num_sinks=0, local_window=0, cu_seqlens=None):
+        return self.ops.select(score, keep_window, causal, num_sinks, local_window, cu_seqlens)
+
     def select(self, problem: Problem) -> torch.Tensor | None:
-        if problem.score is None:
-            return problem.fixed_expiry
-        return self.ops.select(
-            problem.ranked_score(), problem.keep_window, problem.causal, problem.num_sinks, problem.local_window,
-            problem.cu_seqlens_k,
-        )
+        return selection_of(self, problem)
 
     def forward(self, problem: Problem, expiry: torch.Tensor | None) -> dict[str, torch.Tensor]:
         out, lse = self.ops.forward(
@@ -67,11 +66,14 @@ class PublicKernel:
     backend: str | None = None  # None: the package decides
     has_backward: bool = True
 
+    def select_keys(self, score, keep_window, causal=True, num_sinks=0, local_window=0, cu_seqlens=None):
+        packed = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+        with forced(self.backend):
+            return flash_dmattn.select_keys(
+                score, keep_window, is_causal=causal, num_sinks=num_sinks, local_window=local_window, **packed)
+
     def select(self, problem: Problem) -> torch.Tensor | None:
-        if problem.score is None:
-            return problem.fixed_expiry
-        return flash_dmattn.select_keys(
-            problem.ranked_score(), problem.keep_window, problem.causal, problem.num_sinks, problem.local_window)
+        return selection_of(self, problem)
 
     def call(self, problem: Problem, **changes):
         """The public function on the tensors as they are; (out, lse)."""
@@ -82,12 +84,12 @@ class PublicKernel:
             arguments |= dict(keep_window_size=problem.keep_window, attn_score=score)
         else:
             arguments |= dict(expiry=self.select(problem))
-        if problem.cu_seqlens_q is None:
-            function = flash_dmattn.flash_dmattn_func_auto(self.backend)
-        else:
+        function = flash_dmattn.flash_dmattn_func
+        if problem.cu_seqlens_q is not None:
             function = flash_dmattn.flash_dmattn_varlen_func
             arguments |= dict(cu_seqlens_q=problem.cu_seqlens_q, cu_seqlens_k=problem.cu_seqlens_k)
-        return function(problem.query, problem.key, problem.value, **(arguments | changes))
+        with forced(self.backend):
+            return function(problem.query, problem.key, problem.value, **(arguments | changes))
 
     def run(self, problem: Problem) -> dict[str, torch.Tensor]:
         leaves = {"dq": problem.query, "dk": problem.key, "dv": problem.value, "dbias": problem.bias}
@@ -104,6 +106,28 @@ class PublicKernel:
         if problem.dlse is not None:
             outputs, grads = [out, lse], [problem.dout, problem.dlse]
         return results | dict(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), grads)))
+
+
+def selection_of(kernel, problem: Problem) -> torch.Tensor | None:
+    if problem.score is None:
+        return problem.fixed_expiry
+    return kernel.select_keys(problem.ranked_score(), problem.keep_window, problem.causal, problem.num_sinks,
+                              problem.local_window, problem.cu_seqlens_k)
+
+
+@contextmanager
+def forced(backend: str | None):
+    """The backend of this name for every call inside; None: the package decides."""
+    before = os.environ.get("FLASH_DMATTN_BACKEND")
+    if backend is not None:
+        os.environ["FLASH_DMATTN_BACKEND"] = backend
+    try:
+        yield
+    finally:
+        if backend is not None:
+            os.environ.pop("FLASH_DMATTN_BACKEND")
+            if before is not None:
+                os.environ["FLASH_DMATTN_BACKEND"] = before
 
 
 def bit_for_bit(first: torch.Tensor, second: torch.Tensor) -> bool:
