@@ -29,6 +29,7 @@ from ._checks import (
     shape_of,
     values_are_at_hand,
 )
+from ._forms import KeyForms
 
 
 class Problem(NamedTuple):
@@ -168,10 +169,10 @@ def _problem(
         if cu_seqlens_q.shape != cu_seqlens_k.shape:
             got = f"{shape_of(cu_seqlens_k)} beside cu_seqlens_q of {shape_of(cu_seqlens_q)}"
             refuse(function, "cu_seqlens_k", got, "one entry per sequence and one more in both")
-    forms = _KeyForms(function, query, key, packed)
+    forms = KeyForms(function, query, key, packed)
     bias, dense_bias = forms.parse_bias(attn_bias)
     mask, dense_mask = forms.parse_mask(attn_mask, validate)
-    score = forms.parse_key_only("attn_score", attn_score)
+    score = forms.parse_score(attn_score)
     expiry = forms.parse_expiry(expiry)
     _check_combination(function, bias, dense_bias, dense_mask, keep_window_size, score, expiry)
 
@@ -227,7 +228,7 @@ def select_problem(
 ) -> SelectProblem:
     packed = cu_seqlens is not None
     layout = "[total_k, Hkv]" if packed else "[B, Hkv, Sk]"
-    check_tensor(function, "attn_score", attn_score, f"a floating-point tensor {layout}")
+    check_tensor(function, "attn_score", attn_score)
     if attn_score.dim() != (2 if packed else 3):
         refuse(function, "attn_score", shape_of(attn_score), layout)
     check_dtype(function, "attn_score", attn_score)
@@ -268,7 +269,7 @@ def _check_qkv(
         ("key", key, layouts[1]),
         ("value", value, layouts[1]),
     ):
-        check_tensor(function, name, tensor, f"a floating-point tensor {layout}")
+        check_tensor(function, name, tensor)
         if tensor.dim() != (3 if packed else 4):
             refuse(function, name, shape_of(tensor), layout)
         if tensor.device != query.device:
@@ -320,110 +321,6 @@ def _check_scale(function: str, scale: Any, head_dim: int) -> float:
     if not -math.inf < scale < math.inf:
         refuse(function, "scale", str(scale), "a finite number")
     return float(scale)
-
-
-class _KeyForms:
-    """Brings what goes with the keys into the form [B | 1, Hkv | 1, Sk], packed [total_k, Hkv | 1]."""
-
-    def __init__(self, function: str, query: Tensor, key: Tensor, packed: bool):
-        self.function, self.packed, self.device = function, packed, query.device
-        self.heads_q, self.heads_kv = query.shape[-2], key.shape[-2]
-        self.seqlen_q, self.seqlen_k = query.shape[-3], key.shape[-3]
-        self.batch = 1 if packed else query.shape[0]
-        self.sizes = (self.seqlen_k, self.heads_kv) if packed else (self.batch, self.heads_kv, self.seqlen_k)
-
-    def parse_bias(self, bias: Any) -> tuple[Tensor | None, Tensor | None]:
-        """(key-only form, dense form) of attn_bias."""
-        if bias is None:
-            return None, None
-        forms = self._key_forms() if self.packed else f"{self._key_forms()} or {self._dense_forms()}"
-        self._check("attn_bias", bias, forms)
-        if bias.dtype == torch.bool:
-            refuse(
-                self.function, "attn_bias", "a bool tensor", "a floating-point tensor (attn_mask takes masks)"
-            )
-        check_dtype(self.function, "attn_bias", bias)
-        return self._split("attn_bias", bias, forms)
-
-    def parse_mask(self, mask: Any, validate: bool) -> tuple[Tensor | None, Tensor | None]:
-        """(key-only form, dense form) of attn_mask, as bool."""
-        if mask is None:
-            return None, None
-        padding = "[total_k]" if self.packed else f"[{self.batch}, {self.seqlen_k}] (padding)"
-        forms = f"{padding}, {self._key_forms()}" + ("" if self.packed else f" or {self._dense_forms()}")
-        self._check("attn_mask", mask, forms)
-        if mask.dtype != torch.bool:
-            if (validate or values_are_at_hand(mask)) and not bool(((mask == 0) | (mask == 1)).all()):
-                expected = (
-                    "bool (True = visible) or 0 and 1; values to be added to the logits go into attn_bias"
-                )
-                refuse(self.function, "attn_mask", f"{mask.dtype} with other values than 0 and 1", expected)
-            mask = mask != 0
-        if self.packed and mask.dim() == 1:
-            mask = mask.unsqueeze(1)
-        elif not self.packed and mask.dim() == 2:
-            mask = mask.unsqueeze(1)
-        return self._split("attn_mask", mask, forms)
-
-    def parse_key_only(self, name: str, tensor: Any) -> Tensor | None:
-        if tensor is None:
-            return None
-        self._check(name, tensor, self._key_forms())
-        check_dtype(self.function, name, tensor)
-        key_only, dense = self._split(name, tensor, self._key_forms())
-        if dense is not None:
-            refuse(self.function, name, shape_of(tensor), self._key_forms())
-        return key_only
-
-    def parse_expiry(self, expiry: Any) -> Tensor | None:
-        if expiry is None:
-            return None
-        forms = f"int32 {list(self.sizes)}, as select_keys returns it"
-        self._check("expiry", expiry, forms)
-        if expiry.dtype != torch.int32:
-            refuse(self.function, "expiry", str(expiry.dtype), forms)
-        if expiry.dim() != len(self.sizes) or not self._fits(expiry):
-            refuse(self.function, "expiry", shape_of(expiry), forms)
-        return expiry
-
-    def hide_masked(self, expiry: Tensor | None, mask: Tensor) -> Tensor:
-        """Folds a key-only mask into expiry: 0 for a masked key, otherwise what it was, or never evicted."""
-        if expiry is None:
-            return mask.to(torch.int32) * self.seqlen_k  # packed: total_k is beyond the end of every sequence
-        return expiry.expand(self.sizes).masked_fill(~mask, 0)
-
-    def _key_forms(self) -> str:
-        if self.packed:
-            return f"[{self.seqlen_k}, {self.heads_kv}] ([total_k, Hkv])"
-        sizes = f"[{self.batch}, {self.heads_kv}, {self.seqlen_k}]"
-        return f"{sizes} ([B, Hkv, Sk]), [B, Hkv, 1, Sk]"
-
-    def _dense_forms(self) -> str:
-        return f"[B, H or Hkv, {self.seqlen_q}, {self.seqlen_k}] ([B, H, Sq, Sk]), with 1 for B or heads"
-
-    def _check(self, name: str, tensor: Any, forms: str) -> None:
-        check_tensor(self.function, name, tensor, f"a tensor {forms}")
-        if tensor.device != self.device:
-            refuse(self.function, name, f"a tensor on {tensor.device}", f"query's device, {self.device}")
-
-    def _fits(self, tensor: Tensor) -> bool:
-        if self.packed:
-            return tensor.shape[0] == self.seqlen_k and tensor.shape[1] in (1, self.heads_kv)
-        batch, heads, keys = tensor.shape
-        return batch in (1, self.batch) and heads in (1, self.heads_kv) and keys == self.seqlen_k
-
-    def _split(self, name: str, tensor: Tensor, forms: str) -> tuple[Tensor | None, Tensor | None]:
-        if tensor.dim() == len(self.sizes):
-            if self._fits(tensor):
-                return tensor, None
-        elif not self.packed and tensor.dim() == 4:
-            batch, heads, queries, keys = tensor.shape
-            if keys == self.seqlen_k and batch in (1, self.batch):
-                if queries == 1 and heads in (1, self.heads_kv):
-                    return tensor.squeeze(2), None
-                if queries in (1, self.seqlen_q) and heads in (1, self.heads_kv, self.heads_q):
-                    return None, tensor
-        refuse(self.function, name, shape_of(tensor), forms)
 
 
 def _check_combination(

@@ -18,9 +18,9 @@ def refuse(
     raise kind(f"{function}: {argument}: got {got}, expected {expected}")
 
 
-def check_tensor(function: str, name: str, tensor: Any, expected: str) -> None:
+def check_tensor(function: str, name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
-        refuse(function, name, kind_of(tensor), expected, TypeError)
+        refuse(function, name, kind_of(tensor), "a torch.Tensor", TypeError)
     if tensor.layout != torch.strided or tensor.is_nested:
         refuse(
             function, name, f"a {'nested' if tensor.is_nested else tensor.layout} tensor", "a strided tensor"
@@ -47,7 +47,7 @@ def check_count(function: str, name: str, count: Any, minimum: int) -> int:
 
 def check_cu_seqlens(function: str, name: str, cu_seqlens: Any, rows: Tensor, validate: bool) -> None:
     expected = "an int32 tensor [sequences + 1]"
-    check_tensor(function, name, cu_seqlens, expected)
+    check_tensor(function, name, cu_seqlens)
     if cu_seqlens.dtype != torch.int32:
         refuse(function, name, str(cu_seqlens.dtype), expected)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:

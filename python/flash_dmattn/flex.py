@@ -31,7 +31,7 @@ def why_not(problem: Problem) -> str:
         return f"takes tensors on the CPU or on CUDA, not on {device}"
     if problem.is_dense:
         return "takes key-only masks and biases"
-    if 0 in (*query.shape, *problem.key.shape):
+    if any(size == 0 for size in (*query.shape, *problem.key.shape)):
         return "takes no empty tensors"
     if device == "cuda":
         if query.dtype == torch.float64:

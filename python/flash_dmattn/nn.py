@@ -158,7 +158,7 @@ class DynamicMaskAttention(nn.Module):
 
     def _project_value(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         layout = f"[B, S, {self.hidden_size}]" if cu_seqlens is None else f"[total, {self.hidden_size}]"
-        check_tensor(_NAME, "hidden_states", hidden_states, f"a tensor {layout}")
+        check_tensor(_NAME, "hidden_states", hidden_states)
         if (
             hidden_states.dim() != (3 if cu_seqlens is None else 2)
             or hidden_states.shape[-1] != self.hidden_size
@@ -179,7 +179,7 @@ class DynamicMaskAttention(nn.Module):
         ranking = score.detach()
         if attn_mask is not None:
             layout = f"{list(value.shape[:-2])}, one entry per token"
-            check_tensor(_NAME, "attn_mask", attn_mask, f"a tensor {layout}")
+            check_tensor(_NAME, "attn_mask", attn_mask)
             if attn_mask.shape != value.shape[:-2]:
                 refuse(_NAME, "attn_mask", shape_of(attn_mask), layout)
             ranking = ranking.masked_fill((attn_mask == 0).unsqueeze(-1), -math.inf)
@@ -197,7 +197,7 @@ class DynamicMaskAttention(nn.Module):
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x [..., S, heads, head_dim]; cos and sin without the axis of heads."""
         for name, angle in (("cos", cos), ("sin", sin)):
-            check_tensor(_NAME, f"position_embeddings ({name})", angle, "a tensor [S, head_dim]")
+            check_tensor(_NAME, f"position_embeddings ({name})", angle)
             if angle.shape[-1] != self.head_dim or angle.shape[-2] != x.shape[-3]:
                 expected = f"[{x.shape[-3]}, {self.head_dim}], one row per token"
                 refuse(_NAME, f"position_embeddings ({name})", shape_of(angle), expected)
