@@ -53,13 +53,13 @@ void start_tile(const BackwardProblem& problem, const QueryTile& tile, const Bac
         injected(Bug::kGroupLosesHead) && tile.group > 1 && in_group == tile.group - 1 ? 0 : layout.head_dim;
     for (std::int64_t i = tile.row_begin; i < tile.row_end; ++i) {
       const std::int64_t r = tile.tile_row(i, in_group);
-      load_row(query, i, layout.head_dim, scratch.row);
-      scatter_to_panels(scratch.row, visible_dim, layout.head_dim, r, panel_stride, scratch.q_panels);
-      load_row(dout, i, layout.head_dim, scratch.row);
-      scatter_to_panels(scratch.row, visible_dim, layout.head_dim, r, panel_stride, scratch.dout_panels);
+      const T* query_row = read_row(query, i, layout.head_dim, scratch.row);
+      scatter_to_panels(query_row, visible_dim, layout.head_dim, r, panel_stride, scratch.q_panels);
+      const T* dout_row = read_row(dout, i, layout.head_dim, scratch.row);
+      scatter_to_panels(dout_row, visible_dim, layout.head_dim, r, panel_stride, scratch.dout_panels);
       if (lse[i] == -std::numeric_limits<T>::infinity()) continue;
-      load_row(out, i, layout.head_dim, scratch.out_row);
-      const T row_delta = dot(scratch.row, scratch.out_row, layout.head_dim);
+      const T* out_row = read_row(out, i, layout.head_dim, scratch.out_row);
+      const T row_delta = dot(dout_row, out_row, layout.head_dim);
       const bool with_dlse = dlse.present() && !injected(Bug::kDlseIgnored);
       scratch.delta[r] = row_delta * T(injected(Bug::kDeltaOff) ? 1.01 : 1) - (with_dlse ? dlse[i] : T(0));
       scratch.lse[r] = (lse[i] + T(injected(Bug::kBackwardLseOff) ? 1e-3 : 0)) * std::numbers::log2e_v<T>;
@@ -73,6 +73,11 @@ void gather(const BackwardProblem& problem, const QueryTile& tile, const Backwar
   const Rows key = key_rows(problem.layout, problem.args.key, tile.sequence, tile.kv_head);
   const Rows value = key_rows(problem.layout, problem.args.value, tile.sequence, tile.kv_head);
   for (int n = 0; n < num_keys; ++n) {
+    if (n + kPrefetchDistance < num_keys) {
+      const std::int32_t ahead = scratch.entries[n + kPrefetchDistance].key;
+      prefetch_row(key, ahead, head_dim);
+      prefetch_row(value, ahead, head_dim);
+    }
     const std::int32_t j = scratch.entries[n].key;
     T* key_row = scratch.keys + n * head_dim;
     load_row(key, j, head_dim, key_row);

@@ -13,9 +13,9 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 
+#include <hwy/cache_control.h>
 #include <hwy/highway.h>
 
 #include "core/numeric.h"
@@ -134,6 +134,20 @@ HWY_INLINE Vec<T> exp2_nonpositive(Vec<T> x) {
   return hn::IfThenZeroElse(underflow, hn::Mul(p, pow2_of_whole<T>(whole)));
 }
 
+// Whether rows can be read and written as they are, without a change of type.
+template <class T>
+HWY_INLINE bool holds(const Rows& rows) {
+  return rows.unit_stride() && rows.dtype == (sizeof(T) == sizeof(float) ? DType::kFloat32 : DType::kFloat64);
+}
+
+template <class T>
+HWY_INLINE void copy_values(const T* src, std::size_t count, T* HWY_RESTRICT dst) {
+  constexpr Tag<T> d;
+  std::size_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) hn::StoreU(hn::LoadU(d, src + i), d, dst + i);
+  for (; i < count; ++i) dst[i] = src[i];
+}
+
 // dst[0 .. count) = one row of a matrix in the arithmetic type.
 template <class T>
 HWY_INLINE void load_row(const Rows& rows, std::int64_t index, std::size_t count, T* HWY_RESTRICT dst) {
@@ -142,8 +156,8 @@ HWY_INLINE void load_row(const Rows& rows, std::int64_t index, std::size_t count
     for (std::size_t i = 0; i < count; ++i) {
       dst[i] = load_element<T>(src + static_cast<std::int64_t>(i) * rows.column_bytes, rows.dtype);
     }
-  } else if (rows.dtype == DType::kFloat32 || rows.dtype == DType::kFloat64) {
-    std::memcpy(dst, src, count * sizeof(T));
+  } else if (holds<T>(rows)) {
+    copy_values(reinterpret_cast<const T*>(src), count, dst);
   } else if constexpr (sizeof(T) == sizeof(float)) {
     constexpr Tag<float> d;
     constexpr hn::Rebind<std::uint16_t, Tag<float>> d16;
@@ -164,6 +178,21 @@ HWY_INLINE void load_row(const Rows& rows, std::int64_t index, std::size_t count
       for (; i < count; ++i) dst[i] = float16_to_float(half[i]);
     }
   }
+}
+
+// One row of a matrix in the arithmetic type: in place if possible, otherwise in `buffer`.
+template <class T>
+HWY_INLINE const T* read_row(const Rows& rows, std::int64_t index, std::size_t count, T* HWY_RESTRICT buffer) {
+  if (holds<T>(rows)) return reinterpret_cast<const T*>(rows.row(index));
+  load_row(rows, index, count, buffer);
+  return buffer;
+}
+
+// Asks for a row that is about to be gathered: gathered rows lie anywhere, so the hardware cannot foresee them.
+HWY_INLINE void prefetch_row(const Rows& rows, std::int64_t index, std::size_t count) {
+  constexpr std::size_t kCacheLine = 64;
+  const std::byte* row = rows.row(index);
+  for (std::size_t byte = 0; byte < count * rows.column_bytes; byte += kCacheLine) hwy::Prefetch(row + byte);
 }
 
 // One row of a matrix = src[0 .. count) * factor, rounded to nearest even.

@@ -26,9 +26,9 @@ void load_transposed(const Layout& layout, const TensorView& tensor, const Query
     const Rows rows = query_rows(layout, tensor, tile.sequence, tile.query_head(in_group));
     for (std::int64_t i = tile.row_begin; i < tile.row_end; ++i) {
       const std::int64_t r = tile.tile_row(i, in_group);
-      load_row(rows, i, head_dim, row_buffer);
+      const T* values = read_row(rows, i, head_dim, row_buffer);
       T* column = panels + r / kPanel * panel_size + r % kPanel;
-      for (std::int64_t k = 0; k < head_dim; ++k) column[k * kPanel] = row_buffer[k];
+      for (std::int64_t k = 0; k < head_dim; ++k) column[k * kPanel] = values[k];
     }
   }
   for (std::int64_t r = tile.num_rows(); r < tile.num_panels() * kPanel; ++r) {
