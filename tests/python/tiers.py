@@ -70,7 +70,7 @@ def bound(tensor: str, answer: Answer, dtype: torch.dtype, rule: Rule) -> torch.
     if tensor == "lse":
         return 1e-5 + 2.0**-20 * ref if rule.name != "float64" else FLOAT64_RTOL * (1 + ref)
     # Where nothing is added up, nothing can vanish: the gradient of an unseen key is exactly 0.
-    vanished = VANISHES[accumulation(dtype)] * (answer.terms > 0)
+    vanished = VANISHES[accumulation(dtype)] * (answer.terms > 0).double()
     if rule.name == "float64":
         return FLOAT64_RTOL * (answer.terms + answer.exact.sqrt() / (8 * FLOAT32)) + vanished
     z = 6.0 if ref.numel() <= 10**7 else 7.0
