@@ -6,8 +6,8 @@
 //   dV  += P^T dO      dK += dS^T Q      dbias += rowsum(dS^T)      dQ += dS K
 //
 // dQ of a row belongs to one tile. The sums of a key belong to every segment that sees it, so each segment keeps
-// partial sums of its own, and after each wave of segments they are added in the order of the segments. The size of a
-// wave depends on the call alone: neither threads nor chance change the order of a sum.
+// partial sums of its own; after each wave of segments they are added, one segment after the other in their order. So
+// neither threads nor chance nor the size of a wave change the order of a sum.
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/backward.cpp"
@@ -283,16 +283,16 @@ namespace {
 HWY_EXPORT(backward_segment_float);
 HWY_EXPORT(backward_segment_double);
 
-// Partial sums of one wave take this much, or what a single segment needs if that is more.
-constexpr std::int64_t kWaveBytes = std::int64_t{64} << 20;
+// Partial sums of one wave take this much for each worker, or what a single segment needs if that is more.
+constexpr std::int64_t kWaveBytesPerWorker = std::int64_t{16} << 20;
 
 template <class T>
-std::int64_t partial_capacity(const Layout& layout, const PartialShape& shape, const Plans& plans) {
+std::int64_t partial_capacity(const Layout& layout, const PartialShape& shape, const Plans& plans, int num_workers) {
   // A list names a key once; the lists of one head together name it at most kMaxEntriesPerKey times.
   const std::int64_t longest = shape.elements(layout.max_seqlen_k);
   const std::int64_t all = shape.elements(kMaxEntriesPerKey * layout.total_k * layout.heads_kv) +
                            plans.max_segments() * kPanel;
-  return std::max(longest, std::min<std::int64_t>(all, kWaveBytes / sizeof(T)));
+  return std::max(longest, std::min<std::int64_t>(all, num_workers * kWaveBytesPerWorker / sizeof(T)));
 }
 
 // Whether the segments' sums can be added up in the gradient itself.
@@ -313,7 +313,7 @@ BackwardProblem make_problem(const BackwardArgs& args, int num_workers, Arena& a
   Arena worker;
   BackwardScratch<T>(tile_shape, worker);
   Plans plans(layout, args.causal, args.expiry.present(), tile_shape.positions, arena);
-  const std::int64_t capacity = partial_capacity<T>(layout, partial_shape, plans);
+  const std::int64_t capacity = partial_capacity<T>(layout, partial_shape, plans, num_workers);
   const std::int64_t sum_elements = layout.total_k * layout.heads_kv * tile_shape.head_dim_padded;
   const auto take_sum = [&](const TensorView& gradient) -> void* {
     return gradient.present() && !sums_in_place<T>(layout, gradient) ? arena.take<T>(sum_elements) : nullptr;
