@@ -283,17 +283,8 @@ namespace {
 HWY_EXPORT(backward_segment_float);
 HWY_EXPORT(backward_segment_double);
 
-// Partial sums of one wave take this much for each worker, or what a single segment needs if that is more.
+// The segments of a wave take this much for each worker, or more if there is only one of them.
 constexpr std::int64_t kWaveBytesPerWorker = std::int64_t{16} << 20;
-
-template <class T>
-std::int64_t partial_capacity(const Layout& layout, const PartialShape& shape, const Plans& plans, int num_workers) {
-  // A list names a key once; the lists of one head together name it at most kMaxEntriesPerKey times.
-  const std::int64_t longest = shape.elements(layout.max_seqlen_k);
-  const std::int64_t all = shape.elements(kMaxEntriesPerKey * layout.total_k * layout.heads_kv) +
-                           plans.max_segments() * kPanel;
-  return std::max(longest, std::min<std::int64_t>(all, num_workers * kWaveBytesPerWorker / sizeof(T)));
-}
 
 // Whether the segments' sums can be added up in the gradient itself.
 template <class T>
@@ -313,18 +304,21 @@ BackwardProblem make_problem(const BackwardArgs& args, int num_workers, Arena& a
   Arena worker;
   BackwardScratch<T>(tile_shape, worker);
   Plans plans(layout, args.causal, args.expiry.present(), tile_shape.positions, arena);
-  const std::int64_t capacity = partial_capacity<T>(layout, partial_shape, plans, num_workers);
+  // A list names a key once; the lists of one head together name it at most kMaxEntriesPerKey times.
+  const std::int64_t longest = partial_shape.elements(layout.max_seqlen_k);
+  const std::int64_t all = partial_shape.elements(kMaxEntriesPerKey * layout.total_k * layout.heads_kv) +
+                           plans.max_segments() * kPanel;
+  const std::int64_t wave = std::min<std::int64_t>(all, num_workers * kWaveBytesPerWorker / sizeof(T));
   const std::int64_t sum_elements = layout.total_k * layout.heads_kv * tile_shape.head_dim_padded;
   const auto take_sum = [&](const TensorView& gradient) -> void* {
     return gradient.present() && !sums_in_place<T>(layout, gradient) ? arena.take<T>(sum_elements) : nullptr;
   };
   std::byte* scratch = arena.take<std::byte>(worker.bytes() * num_workers);
-  T* partial = arena.take<T>(capacity);
+  T* partial = arena.take<T>(std::max(longest, wave));
   SegmentItem* items = arena.take<SegmentItem>(plans.max_segments());
   void* dk_sum = take_sum(args.dk);
   void* dv_sum = take_sum(args.dv);
-  return {args,    layout,   tile_shape, partial_shape, plans,  worker.bytes(),
-          scratch, capacity, partial,    items,         dk_sum, dv_sum};
+  return {args, layout, tile_shape, partial_shape, plans, worker.bytes(), scratch, wave, partial, items, dk_sum, dv_sum};
 }
 
 template <class T>
@@ -348,7 +342,7 @@ void run(const BackwardArgs& args, const ParallelFor& parallel_for, const Worksp
     for (std::int64_t s = 0; s < plan.num_segments; ++s) {
       const Segment& segment = plan.segments[s];
       const std::int64_t elements = problem.partial_shape.elements(segment.list_end - segment.list_begin);
-      if (used + elements > problem.partial_capacity) run_wave();
+      if (num_items > 0 && used + elements > problem.wave_elements) run_wave();
       problem.items[num_items++] = {head_index, &segment, used};
       used += elements;
     }

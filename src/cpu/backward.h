@@ -88,7 +88,7 @@ struct BackwardProblem {
   Plans plans;
   std::size_t scratch_bytes;       // of one worker
   std::byte* scratch;              // [num_workers][scratch_bytes]
-  std::int64_t partial_capacity;   // elements
+  std::int64_t wave_elements;      // what the segments of one wave may take together
   void* partial;                   // sums of the segments of one wave
   SegmentItem* items;              // segments of one wave
   void* dk_sum;                    // [total_k][heads_kv][head_dim_padded]; null: dk itself serves
