@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import (
+from ._forms import KeyForms
+from ._validation import (
     DTYPES,
     MAX_POSITION,
     check_bool,
@@ -29,7 +30,6 @@ from ._checks import (
     shape_of,
     values_are_at_hand,
 )
-from ._forms import KeyForms
 
 
 class Problem(NamedTuple):
@@ -182,11 +182,11 @@ def _problem(
     elif mask is not None:
         expiry = forms.hide_masked(expiry, mask)
     if expiry is not None:
-        expiry = expiry.expand(forms.sizes)
+        expiry = forms.expand(expiry)
         if validate:
             check_expiry_values(function, expiry, cu_seqlens_k)
     if bias is not None:
-        bias = bias.to(accumulate).expand(forms.sizes)
+        bias = forms.expand(bias.to(accumulate))
     return Problem(
         function=function,
         query=query,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import _ops, _select, reference
 from ._arguments import Problem, SelectProblem
-from ._checks import refuse
+from ._validation import refuse
 
 __all__ = ["BACKENDS", "attend", "available", "check_name", "explain", "select"]
 
@@ -47,7 +47,9 @@ def attend(problem: Problem, name: str | None) -> tuple[Tensor, Tensor | None]:
                 cu_seqlens=problem.cu_seqlens_k,
             )
         )
-        problem = problem._replace(expiry=expiry.expand(problem.key_sizes), score=None)
+        if expiry.shape != problem.key_sizes:
+            expiry = expiry.expand(problem.key_sizes)
+        problem = problem._replace(expiry=expiry, score=None)
     return backend.attend(problem)
 
 
@@ -55,13 +57,13 @@ def select(problem: SelectProblem) -> Tensor:
     """expiry, by the native kernel; in tensor operations on devices that have none."""
     device, name = problem.score.device.type, _requested(problem.function, None)
     if name in ("flex", "reference"):
-        return _named(name).select(problem)
+        return _BY_NAME[name].select(problem)
     if name is not None and name != device:
         raise NotImplementedError(f"{problem.function}: backend {name!r} takes no tensors on {device}")
     if not (reason := _no_kernels(device)):
         return _native_select(problem)
     if name is not None or device == "cpu":
-        raise (ImportError if _load_error else NotImplementedError)(reason)
+        raise (ImportError if load_error else NotImplementedError)(reason)
     return _tensor_select(problem)
 
 
@@ -70,9 +72,8 @@ def available() -> list[str]:
 
 
 def check_name(function: str, argument: str, name: str) -> None:
-    names = [backend.name for backend in BACKENDS]
-    if name not in names:
-        refuse(function, argument, repr(name), f"one of {', '.join(names)}")
+    if name not in _BY_NAME:
+        refuse(function, argument, repr(name), f"one of {', '.join(_BY_NAME)}")
 
 
 def explain(problem: Problem, name: str | None) -> str:
@@ -99,27 +100,23 @@ def _requested(function: str, name: str | None) -> str | None:
     return name or None
 
 
-def _named(name: str) -> Backend:
-    return next(backend for backend in BACKENDS if backend.name == name)
-
-
 def _choose(problem: Problem, name: str | None) -> Backend:
     name = _requested(problem.function, name)
-    if name is None:
-        candidates = [_named("cuda"), _named("cpu")] + ([_named("reference")] if problem.is_dense else [])
+    if name is not None:
+        candidates = (name,)
     else:
-        candidates = [_named(name)]
-    for backend in candidates:
-        if not backend.why_not(problem):
-            return backend
+        candidates = ("cuda", "cpu", "reference") if problem.is_dense else ("cuda", "cpu")
+    for candidate in candidates:
+        if not _BY_NAME[candidate].why_not(problem):
+            return _BY_NAME[candidate]
 
     raise _no_backend(problem, name)
 
 
 def _no_backend(problem: Problem, name: str | None) -> Exception:
     device = problem.query.device.type
-    if name in (None, "cpu") and device == "cpu" and _load_error:
-        return ImportError(_load_error)
+    if name in (None, "cpu") and device == "cpu" and load_error:
+        return ImportError(load_error)
     reasons = {backend.name: backend.why_not(problem) for backend in BACKENDS}
     what = (
         f"backend {name!r} does not take this call"
@@ -128,7 +125,7 @@ def _no_backend(problem: Problem, name: str | None) -> Exception:
     )
     ways_out = " and ".join(repr(other) for other, reason in reasons.items() if not reason)
     if ways_out:
-        what += f"; {ways_out} would, if asked for by flash_dmattn_func_auto or {ENVIRONMENT_VARIABLE}"
+        what += f"; {ways_out} would take it, asked for by flash_dmattn_func_auto or {ENVIRONMENT_VARIABLE}"
     listed = "; ".join(f"{other}: {reason or 'would run'}" for other, reason in reasons.items())
     return NotImplementedError(f"{problem.function}: {what} ({listed})")
 
@@ -140,12 +137,12 @@ try:
 
     _library.load()
     _ops.register()
-    _load_error = ""
+    load_error = ""
 except ImportError as error:
-    _load_error = str(error)
+    load_error = str(error)
 
 _NO_KERNELS = {
-    device: _load_error
+    device: load_error
     or (
         ""
         if torch._C._dispatch_has_kernel_for_dispatch_key("flash_dmattn::forward", device.upper())
@@ -268,3 +265,5 @@ BACKENDS = (
     Backend("flex", _flex_unavailable, _flex_why_not, _flex_attend, _tensor_select),
     Backend("reference", lambda: "", lambda problem: "", _reference_attend, _reference_select),
 )
+
+_BY_NAME = {backend.name: backend for backend in BACKENDS}

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ._checks import check_dtype, check_tensor, refuse, shape_of, values_are_at_hand
+from ._validation import check_dtype, check_tensor, refuse, shape_of, values_are_at_hand
 
 __all__ = ["KeyForms"]
 
@@ -73,7 +73,10 @@ class KeyForms:
         """Folds a key-only mask into expiry: 0 for a masked key, otherwise what it was, or never evicted."""
         if expiry is None:
             return mask.to(torch.int32) * self.seqlen_k  # packed: total_k is beyond the end of every sequence
-        return expiry.expand(self.sizes).masked_fill(~mask, 0)
+        return self.expand(expiry).masked_fill(~mask, 0)
+
+    def expand(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.shape == self.sizes else tensor.expand(self.sizes)
 
     def _check(self, name: str, tensor: Any) -> None:
         check_tensor(self.function, name, tensor)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ._checks import check_bool, check_count, check_tensor, refuse, shape_of
+from ._validation import check_bool, check_count, check_tensor, refuse, shape_of
 from .interface import flash_dmattn_func, flash_dmattn_varlen_func, select_keys
 
 __all__ = ["DynamicMaskAttention"]

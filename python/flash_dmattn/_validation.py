@@ -1,5 +1,4 @@
-"""Checks of single arguments. "argument_checks: name: got ..., expected ...": see _arguments.py for the
-rules."""
+"""Checks of single arguments. The rules for their messages are in _arguments.py."""
 
 from __future__ import annotations
 
