@@ -118,14 +118,11 @@ def _no_backend(problem: Problem, name: str | None) -> Exception:
     if name in (None, "cpu") and device == "cpu" and load_error:
         return ImportError(load_error)
     reasons = {backend.name: backend.why_not(problem) for backend in BACKENDS}
-    what = (
-        f"backend {name!r} does not take this call"
-        if name
-        else f"this build has no kernel for {device} tensors"
-    )
-    ways_out = " and ".join(repr(other) for other, reason in reasons.items() if not reason)
-    if ways_out:
-        what += f"; {ways_out} would take it, asked for by flash_dmattn_func_auto or {ENVIRONMENT_VARIABLE}"
+    what = f"this build has no kernel for {device} tensors"
+    if name is not None:
+        what = f"backend {name!r} does not take this call"
+    if willing := " or ".join(repr(other) for other, reason in reasons.items() if not reason):
+        what += f", ask for {willing} through flash_dmattn_func_auto or {ENVIRONMENT_VARIABLE}"
     listed = "; ".join(f"{other}: {reason or 'would run'}" for other, reason in reasons.items())
     return NotImplementedError(f"{problem.function}: {what} ({listed})")
 
@@ -162,11 +159,11 @@ def _cuda_unavailable() -> str:
 
 
 def _native_why_not(device: str, problem: Problem) -> str:
+    if reason := _no_kernels(device):
+        return reason
     if problem.query.device.type != device:
         return f"the tensors are on {problem.query.device.type}"
-    if problem.is_dense:
-        return "takes no mask or bias with a query axis yet"
-    return _no_kernels(device)
+    return "takes no mask or bias with a query axis yet" if problem.is_dense else ""
 
 
 def _native_arguments(problem: Problem) -> tuple:

@@ -45,8 +45,10 @@ class KeyForms:
                 expected = "bool (True = visible) or 0 and 1; what is added to the logits goes into attn_bias"
                 refuse(self.function, "attn_mask", f"other values than 0 and 1 in {mask.dtype}", expected)
             mask = mask != 0
-        if mask.dim() == len(self.sizes) - 1:  # padding: the same for every head
-            mask = mask.unsqueeze(1)
+        if mask.dim() == len(self.sizes) - 1:  # padding, the same for every head
+            if not self._is_key_only(mask.unsqueeze(1)):
+                self._refuse_shape("attn_mask", mask)
+            return mask.unsqueeze(1), None
         return self._split("attn_mask", mask)
 
     def parse_score(self, score: Any) -> Tensor | None:

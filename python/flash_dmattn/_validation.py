@@ -108,7 +108,10 @@ def check_expiry_values(function: str, expiry: Tensor, cu_seqlens_k: Tensor | No
 
 
 def kind_of(value: Any) -> str:
-    return "None" if value is None else f"{value!r} ({type(value).__name__})"[:120]
+    if value is None:
+        return "None"
+    kind, shown = type(value).__name__, repr(value)
+    return f"{shown} ({kind})" if len(shown) <= 40 else f"an object of type {kind}"
 
 
 def shape_of(tensor: Tensor) -> str:
