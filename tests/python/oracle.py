@@ -163,6 +163,7 @@ def _chunk(part, rows, reach, logits, query, key, value, dout, dlse, scale) -> N
 
     by_row(part["out"], value=out, terms=P @ value.abs(), matrix=out_matrix)
     part["lse"].value[:, rows] = (torch.log(total) + top)[..., 0]
+    part["lse"].terms[:, rows] = abs(s) * (P * (query.abs() @ key.abs().T)).sum(-1)
     by_row(
         part["dq"], value=s * (dS @ key), terms=abs(s) * (dS.abs() @ key.abs()), exact=s2 * (e2 @ key2),
         matrix=s2 * (dS2 @ key2 + delta_matrix * mean_key2), output=s2 * delta_output * mean_key2,

@@ -79,8 +79,8 @@ def sums_of_gradients(kernel, problem: Problem, results: dict[str, torch.Tensor]
     failures += _judge("sum of dv = sum of dout", "dv", difference, allowed + 8 * s.single * s.per_channel(dout.abs(), 0))
 
     for name, tensor, left, right, noise in (
-        ("<q, dq> = <k, dk>", "dq, dk", ("query", "dq", 0), ("key", "dk", 1), s.h_dS),
-        ("<v, dv> = <out, dout>", "out, dv", ("out", "dout", 0), ("value", "dv", 1), s.h),
+        ("<q, dq> = <k, dk>", "dq and dk", ("query", "dq", 0), ("key", "dk", 1), s.h_dS),
+        ("<v, dv> = <out, dout>", "out and dv", ("out", "dout", 0), ("value", "dv", 1), s.h),
     ):
         products = [(_seen(t, a, b), side) for a, b, side in (left, right)]
         sums = [s.per_head(product, side) for product, side in products]

@@ -55,7 +55,10 @@ def test_nan_in_uninitialised_memory(kernel, case, monkeypatch):
     clean = kernel.run(problem)
     with uninitialised_memory_is_nan(monkeypatch):
         assert torch.empty(3).isnan().all() and torch.empty_like(problem.query).isnan().all()
-        poisoned = kernel.run(problem)
+        with torch.profiler.profile() as profile:
+            poisoned = kernel.run(problem)
+    events = {event.key: event.count for event in profile.key_averages()}
+    assert events.get("aten::fill_", 0) >= events.get("aten::empty", 0) > 0, "the operators' own memory was not filled"
     for name, tensor in clean.items():
         assert bit_for_bit(tensor, poisoned[name]), name
         count("bitwise")

@@ -19,7 +19,7 @@ SMALLEST = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24, torch.float32: 2
 # A weight below this may vanish: float32 exponentials may flush subnormals, and their products underflow.
 VANISHES = {torch.float64: 2.0**-1000, torch.float32: 2.0**-100}
 DBIAS_UNIT = 2.0**-22  # float32 dbias is a float32 sum of float32 terms
-FLOAT64_RTOL = 1e-12  # of the absolute sum, in float64
+FLOAT64_RTOL = 1e-12  # of the absolute sum, in float64; more where logits beyond 64 lose digits of the exponent
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Failure:
 def rules(dtype: torch.dtype, largest_logit: float, keeps_float32: bool) -> list[Rule]:
     single = FLOAT32 * (8 + 2 * largest_logit)
     if dtype == torch.float64:
-        return [Rule("float64", 0.0, 0.0, UNIT[dtype])]
+        return [Rule("float64", FLOAT64_RTOL * max(1.0, largest_logit / 64), 0.0, UNIT[dtype])]
     if dtype == torch.float32:
         return [Rule("float32", single / 2, single / 2, UNIT[dtype])]
     rounded = ((UNIT[dtype] / 2) ** 2 + single**2) ** 0.5
@@ -67,12 +67,14 @@ def output_unit(tensor: str, dtype: torch.dtype) -> float:
 def bound(tensor: str, answer: Answer, dtype: torch.dtype, rule: Rule) -> torch.Tensor:
     """The largest |x - ref| that each element may show; dtype is that of x."""
     ref = answer.value.abs()
-    if tensor == "lse":
-        return 1e-5 + 2.0**-20 * ref if rule.name != "float64" else FLOAT64_RTOL * (1 + ref)
+    if tensor == "lse":  # its terms are those of the logits, which may cancel
+        if rule.name == "float64":
+            return rule.matrix * (1 + ref + answer.terms)
+        return 1e-5 + 2.0**-20 * ref + 2.0**-22 * answer.terms
     # Where nothing is added up, nothing can vanish: the gradient of an unseen key is exactly 0.
     vanished = VANISHES[accumulation(dtype)] * (answer.terms > 0).double()
     if rule.name == "float64":
-        return FLOAT64_RTOL * (answer.terms + answer.exact.sqrt() / (8 * FLOAT32)) + vanished
+        return rule.matrix * (answer.terms + answer.exact.sqrt() / (8 * FLOAT32)) + vanished
     z = 6.0 if ref.numel() <= 10**7 else 7.0
     floor = 4 * FLOAT32 * answer.terms + SMALLEST[dtype] / 2 + vanished
     return output_unit(tensor, dtype) * ref + z * variance(answer, rule).sqrt() + floor
@@ -103,10 +105,10 @@ def tier_b(tensor: str, actual: torch.Tensor, answer: Answer, rule: Rule) -> Fai
 def aggregate_limit(tensor: str, answer: Answer, query_rows: int) -> float:
     """1, and more where few independent errors are summed: their mean square then scatters around its expectation.
 
-    The rounding of a row's output reaches all of its gradients through delta, so these have as many independent
-    errors as there are query rows; in dbias even the rows may add up alike, where they see the same keys.
+    A row's weights reach all of its channels, and through delta so does the rounding of its output: there are about
+    as many independent errors as query rows. In dbias even the rows may add up alike, where they see the same keys.
     """
-    independent = {"out": answer.value.numel(), "dbias": 1}.get(tensor, query_rows)
+    independent = 1 if tensor == "dbias" else min(query_rows, answer.value.numel())
     return max(1.0, (0.75 * (1 + 7 * (2 / max(1, independent)) ** 0.5)) ** 0.5)
 
 
@@ -118,7 +120,8 @@ def tier_c(tensor: str, actual: torch.Tensor, answer: Answer, rule: Rule, query_
     if not (torch.isfinite(x) & torch.isfinite(ref)).all():
         return None  # tier B's matter
     rounding = output_unit(tensor, actual.dtype) * ref / 2
-    budget = (variance(answer, rule) + rounding**2 + (SMALLEST[actual.dtype] / 2) ** 2).sum()
+    summation = FLOAT32 * answer.terms  # partial sums are rounded, and may be as large as that
+    budget = (variance(answer, rule) + rounding**2 + summation**2 + (SMALLEST[actual.dtype] / 2) ** 2).sum()
     ratio = float((((x - ref) ** 2).sum() / budget).sqrt()) if budget > 0 else float((x - ref).abs().max())
     count("tier C")
     limit = aggregate_limit(tensor, answer, query_rows)
