@@ -191,6 +191,7 @@ HWY_INLINE const T* read_row(const Rows& rows, std::int64_t index, std::size_t c
 // Asks for a row that is about to be gathered: gathered rows lie anywhere, so the hardware cannot foresee them.
 HWY_INLINE void prefetch_row(const Rows& rows, std::int64_t index, std::size_t count) {
   constexpr std::size_t kCacheLine = 64;
+  if (!rows.unit_stride()) return;
   const std::byte* row = rows.row(index);
   for (std::size_t byte = 0; byte < count * rows.column_bytes; byte += kCacheLine) hwy::Prefetch(row + byte);
 }
