@@ -337,7 +337,8 @@ void run(const BackwardArgs& args, const ParallelFor& parallel_for, const Worksp
     add_partials<T>(problem, num_items, parallel_for);
     num_items = used = 0;
   };
-  for (std::int64_t head_index = 0; head_index < problem.plans.num_heads(); ++head_index) {
+  const std::int64_t heads_read = problem.layout.heads_q == 0 ? 0 : problem.plans.num_heads();
+  for (std::int64_t head_index = 0; head_index < heads_read; ++head_index) {
     const Plan& plan = problem.plans[head_index];
     for (std::int64_t s = 0; s < plan.num_segments; ++s) {
       const Segment& segment = plan.segments[s];
