@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.amp import is_autocast_available
 
 from ._forms import KeyForms
 from ._validation import (
@@ -275,7 +274,7 @@ def _check_qkv(
             refuse(function, name, shape_of(tensor), layout)
         if tensor.device != query.device:
             refuse(function, name, f"a tensor on {tensor.device}", f"query's device, {query.device}")
-    if is_autocast_available(query.device.type) and torch.is_autocast_enabled(query.device.type):
+    if not query.is_meta and torch.is_autocast_enabled(query.device.type):
         query, key, value = (_autocast(tensor) for tensor in (query, key, value))
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_dtype(function, name, tensor)

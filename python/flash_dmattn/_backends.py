@@ -62,8 +62,10 @@ def select(problem: SelectProblem) -> Tensor:
         raise NotImplementedError(f"{problem.function}: backend {name!r} takes no tensors on {device}")
     if not (reason := _no_kernels(device)):
         return _native_select(problem)
-    if name is not None or device == "cpu":
-        raise (ImportError if load_error else NotImplementedError)(reason)
+    if load_error and (name is not None or device == "cpu"):
+        raise ImportError(load_error)
+    if name is not None:
+        raise NotImplementedError(f"{problem.function}: backend {name!r}: {reason}")
     return _tensor_select(problem)
 
 
@@ -139,8 +141,9 @@ except ImportError as error:
     load_error = str(error)
 
 _NO_KERNELS = {
-    device: load_error
-    or (
+    device: "the native library is not loaded"
+    if load_error
+    else (
         ""
         if torch._C._dispatch_has_kernel_for_dispatch_key("flash_dmattn::forward", device.upper())
         else f"this build has no kernels for {device}"

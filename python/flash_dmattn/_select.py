@@ -36,7 +36,7 @@ def select_keys(
     if packed:
         # Sequence of every key; bad values of cu_seqlens must not lead out of bounds.
         bounds = cu_seqlens.long().clamp(0, length)
-        sequence = torch.bucketize(index, bounds[1:-1], right=True) if bounds.shape[0] > 2 else index * 0
+        sequence = (torch.bucketize(index, bounds, right=True) - 1).clamp(0, bounds.shape[0] - 2)
         start = torch.minimum(bounds[sequence], index)
         seqlen = torch.maximum(bounds[sequence + 1], index + 1) - start
     else:

@@ -51,7 +51,7 @@ def check() -> bool:
     print(f"backends: {', '.join(available)}")
     good = "cpu" in available
     if not good:
-        print(f"cpu: {_backends.BACKENDS[1].unavailable()}")
+        print(f"no native library: {_backends.load_error}")
     devices = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     pairs = [
         (backend, device)
@@ -178,7 +178,15 @@ def _check_attention(backend: _backends.Backend, device: str, dtype: torch.dtype
     worst, num_cases = [-1.0] * len(NAMES), 0
     for case in CASES:
         inputs = _inputs(case, dtype)
-        results = _results(case, inputs, backend, device, dtype)
+        try:
+            results = _results(case, inputs, backend, device, dtype)
+        except Exception as error:  # whatever a broken installation may raise
+            print(
+                f"{backend.name:10}{device:8}{case.name}: WRONG, {type(error).__name__}: {error}".splitlines()[
+                    0
+                ]
+            )
+            return False
         if results is None:
             continue
         num_cases += 1

@@ -147,8 +147,7 @@ def _one_after_the_other(
 def _tokens(bounds: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """The index and the sequence of every token."""
     token = torch.arange(length, device=bounds.device)
-    last = bounds.shape[0] - 2
-    return token, torch.bucketize(token, bounds[1:], right=True).clamp(max=last)
+    return token, (torch.bucketize(token, bounds, right=True) - 1).clamp(0, bounds.shape[0] - 2)
 
 
 def _seen(position: Tensor, expiry: Tensor) -> Tensor:

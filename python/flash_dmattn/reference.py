@@ -18,7 +18,6 @@ positions [j, expiry_j). docs/math.md has the proof.
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import math
 
@@ -137,7 +136,7 @@ def attention(
         sees = sees & by_group(dense_bias != -math.inf)
     sees = sees.expand(query.shape[0], heads_kv, group, seqlen_q, seqlen_k)
 
-    with _without_autocast(query.device.type):
+    with torch.autocast(query.device.type, enabled=False):
         # Keys that no row sees reach nothing, even where they hold NaN: 0 * NaN would.
         unseen = ~sees.any(2).any(2).transpose(1, 2).unsqueeze(-1)  # [B, Sk, Hkv, 1]
         k = key.to(compute_dtype).masked_fill(unseen, 0)
@@ -163,11 +162,6 @@ def attention(
         out = torch.einsum("bhgqk,bkhd->bqhgd", weights / total, v)
         lse = (maximum + torch.log(total)).masked_fill(empty, -math.inf)
     return out.flatten(2, 3).to(query.dtype), lse.squeeze(-1).flatten(1, 2)
-
-
-def _without_autocast(device: str) -> contextlib.AbstractContextManager:
-    available = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
 
 
 def attention_varlen(
