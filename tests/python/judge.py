@@ -27,7 +27,7 @@ def reproduction(kernel, case: Case) -> str:
     return f"""cd tests/python && python -c "from judge import *; check('{kernel.name}', {case!r})\""""
 
 
-def failures_of(kernel, problem: Problem, answer: Expected) -> list[tiers.Failure]:
+def failures_of(kernel, problem: Problem, answer: Expected, least_limit: float = 1.0) -> list[tiers.Failure]:
     """Everything that the checks find wrong with the kernel on this problem."""
     failures = []
     expiry = kernel.select(problem)
@@ -39,7 +39,7 @@ def failures_of(kernel, problem: Problem, answer: Expected) -> list[tiers.Failur
             failures.append(tiers.Failure("selection", "expiry", f"{len(wrong)} of {expiry.numel()} differ from the "
                                           f"heap; first {list(at)}: got {expiry[at]}, reference {answer.expiry[at]}"))
     results = kernel.run(problem)
-    return failures + tiers.judge(results, answer, problem.query.dtype, kernel.keeps_float32)
+    return failures + tiers.judge(results, answer, problem.query.dtype, kernel.keeps_float32, least_limit=least_limit)
 
 
 def require(failures: list[tiers.Failure], how: str) -> None:

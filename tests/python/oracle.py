@@ -42,7 +42,7 @@ class Answer:
 @dataclass
 class Expected:
     tensors: dict[str, Answer]  # out, lse, dq, dk, dv and, with a bias, dbias
-    largest_logit: float
+    largest_logit: float  # of those that some row sees; or what it cancelled from, less the 8 that every rule allows
     expiry: torch.Tensor | None
 
 
@@ -102,7 +102,7 @@ def _sequences(problem: Problem):
 
 def _one_head(part, query, key, value, dout, bias, mask, dlse, expiry, scale, causal) -> float:
     """One sequence and one key/value head. query, dout [group, Sq, D]; key, value [Sk, D]; dlse [group, Sq];
-    bias [Sk] or [group, Sq, Sk]; mask None or [group, Sq, Sk]. Adds into part; returns the largest |logit|."""
+    bias [Sk] or [group, Sq, Sk]; mask None or [group, Sq, Sk]. Adds into part; returns the largest logit."""
     (group, seqlen_q, _), seqlen_k = query.shape, key.shape[0]
     if seqlen_q == 0:
         return 0.0
@@ -128,13 +128,15 @@ def _one_head(part, query, key, value, dout, bias, mask, dlse, expiry, scale, ca
         offset = bias[..., :reach] if bias.dim() == 1 else bias[:, rows, :reach]
         logits = scale * (query[:, rows] @ key[:reach].T) + offset
         sees = sees & (offset > -torch.inf)
-        largest = max(largest, float(logits[sees.expand_as(logits)].abs().max()) if sees.any() else 0.0)
-        _chunk(part, rows, reach, logits.masked_fill(~sees, -torch.inf), query[:, rows], key[:reach], value[:reach],
-               dout[:, rows], dlse[:, rows], scale)
+        products = abs(scale) * (query[:, rows].abs() @ key[:reach].abs().T)
+        if sees.any():
+            largest = max(largest, float(torch.maximum(logits.abs(), products - 8).masked_fill(~sees, 0).max()))
+        _chunk(part, rows, reach, logits.masked_fill(~sees, -torch.inf), products, query[:, rows], key[:reach],
+               value[:reach], dout[:, rows], dlse[:, rows], scale)
     return largest
 
 
-def _chunk(part, rows, reach, logits, query, key, value, dout, dlse, scale) -> None:
+def _chunk(part, rows, reach, logits, products, query, key, value, dout, dlse, scale) -> None:
     """[group, rows, reach] matrices of one chunk, and what they add to every tensor."""
     top = logits.max(dim=-1, keepdim=True).values if reach else logits.new_full((*logits.shape[:2], 1), -torch.inf)
     weights = torch.exp(logits - top.masked_fill(top == -torch.inf, 0))
@@ -163,7 +165,7 @@ def _chunk(part, rows, reach, logits, query, key, value, dout, dlse, scale) -> N
 
     by_row(part["out"], value=out, terms=P @ value.abs(), matrix=out_matrix)
     part["lse"].value[:, rows] = (torch.log(total) + top)[..., 0]
-    part["lse"].terms[:, rows] = abs(s) * (P * (query.abs() @ key.abs().T)).sum(-1)
+    part["lse"].terms[:, rows] = (P * products).sum(-1)
     by_row(
         part["dq"], value=s * (dS @ key), terms=abs(s) * (dS.abs() @ key.abs()), exact=s2 * (e2 @ key2),
         matrix=s2 * (dS2 @ key2 + delta_matrix * mean_key2), output=s2 * delta_output * mean_key2,
