@@ -1,0 +1,422 @@
+#include "attention_case.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <sstream>
+
+namespace flash_dmattn::testing {
+namespace {
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr std::int64_t kInt32Max = std::numeric_limits<std::int32_t>::max();
+constexpr std::int64_t kInt32Min = std::numeric_limits<std::int32_t>::min();
+
+// Kernels keep float32 between reading and writing 16-bit tensors, so only their outputs are rounded to 16
+// bits.
+Precision precision_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return {0x1p-53, 0x1p-53};
+    case DType::kFloat32:
+      return {0x1p-24, 0x1p-24};
+    case DType::kFloat16:
+      return {0x1p-24, 0x1p-11};
+    default:
+      return {0x1p-24, 0x1p-8};
+  }
+}
+
+double smallest_subnormal(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return 0x1p-1074;
+    case DType::kFloat32:
+      return 0x1p-149;
+    case DType::kFloat16:
+      return 0x1p-24;
+    default:
+      return 0x1p-133;
+  }
+}
+
+Tensor offsets(const std::vector<std::int64_t>& begins, Strides strides) {
+  Tensor tensor(DType::kInt32, {static_cast<std::int64_t>(begins.size())}, strides);
+  for (std::size_t i = 0; i < begins.size(); ++i) {
+    tensor.set({static_cast<std::int64_t>(i)}, static_cast<double>(begins[i]));
+  }
+  return tensor;
+}
+
+}  // namespace
+
+std::string describe(const Case& c) {
+  std::ostringstream text;
+  text << dtype_name(c.dtype) << (c.packed ? " packed" : " batched") << (c.causal ? " causal" : "")
+       << ", lengths";
+  for (const Lengths& lengths : c.sequences) text << ' ' << lengths.q << '/' << lengths.k;
+  text << ", Hkv " << c.heads_kv << " group " << c.group << " D " << c.head_dim << ", ";
+  if (c.visibility == Visibility::kWindow) text << "w " << c.keep_window;
+  if (c.visibility == Visibility::kAll) text << "all keys";
+  if (c.visibility == Visibility::kRandomExpiry) text << "random expiry";
+  text << ", scale " << c.scale << (c.bias ? " bias" : "") << (c.dlse ? " dlse" : "") << ", strides "
+       << static_cast<int>(c.strides) << ", disabled " << c.disabled_keys << (c.tied_scores ? " tied" : "");
+  return text.str();
+}
+
+Index Problem::q_row(std::int64_t s, std::int64_t i, std::int64_t head, std::int64_t column) const {
+  return c.packed ? Index{begin_q_[s] + i, head, column} : Index{s, i, head, column};
+}
+Index Problem::k_row(std::int64_t s, std::int64_t i, std::int64_t head, std::int64_t column) const {
+  return c.packed ? Index{begin_k_[s] + i, head, column} : Index{s, i, head, column};
+}
+Index Problem::per_key(std::int64_t s, std::int64_t i, std::int64_t head) const {
+  return c.packed ? Index{begin_k_[s] + i, head} : Index{s, head, i};
+}
+Index Problem::per_query(std::int64_t s, std::int64_t i, std::int64_t head) const {
+  return c.packed ? Index{head, begin_q_[s] + i} : Index{s, head, i};
+}
+
+Problem::Problem(const Case& the_case, std::uint64_t seed) : c(the_case) {
+  Random random(seed);
+  for (const Lengths& lengths : c.sequences) {
+    begin_q_.push_back(begin_q_.back() + lengths.q);
+    begin_k_.push_back(begin_k_.back() + lengths.k);
+  }
+  const auto batch = static_cast<std::int64_t>(c.sequences.size());
+  const Lengths lengths = c.sequences.empty() ? Lengths{3, 5} : c.sequences[0];
+  const std::int64_t heads_q = c.heads_kv * c.group, dim = c.head_dim, kv = c.heads_kv;
+  const Index q_shape =
+      c.packed ? Index{begin_q_.back(), heads_q, dim} : Index{batch, lengths.q, heads_q, dim};
+  const Index k_shape = c.packed ? Index{begin_k_.back(), kv, dim} : Index{batch, lengths.k, kv, dim};
+  const Index key_shape = c.packed ? Index{begin_k_.back(), kv} : Index{batch, kv, lengths.k};
+  const Index query_shape = c.packed ? Index{heads_q, begin_q_.back()} : Index{batch, heads_q, lengths.q};
+
+  query = Tensor(c.dtype, q_shape, c.strides);
+  key = Tensor(c.dtype, k_shape, c.strides);
+  value = Tensor(c.dtype, k_shape, c.strides);
+  dout = Tensor(c.dtype, q_shape, c.strides);
+  bias = Tensor(accumulation_dtype(c.dtype), key_shape, c.strides);
+  dlse = Tensor(accumulation_dtype(c.dtype), query_shape, c.strides);
+  for (Tensor* tensor : {&query, &key, &value, &dout, &bias, &dlse}) {
+    tensor->fill([&] { return random.normal(); });
+  }
+  if (c.visibility != Visibility::kWindow) {
+    bias.for_each([&](const Index& index) {
+      if (random.chance(c.disabled_keys)) bias.set(index, -kInf);
+    });
+  }
+  if (c.visibility != Visibility::kAll) expiry = Tensor(DType::kInt32, key_shape, c.strides);
+  make_visible(random);
+  if (c.packed) {
+    cu_seqlens_q = offsets(begin_q_, c.strides);
+    cu_seqlens_k = offsets(begin_k_, c.strides);
+  }
+  for (const Tensor* tensor : inputs()) input_bytes_.push_back(tensor->bytes());
+}
+
+// Fills `visible` and, from it or before it, `expiry`.
+void Problem::make_visible(Random& random) {
+  visible.resize(c.sequences.size());
+  for (std::size_t s = 0; s < c.sequences.size(); ++s) {
+    const auto [seqlen_q, seqlen_k] = c.sequences[s];
+    const std::int64_t offset = seqlen_k - seqlen_q;
+    for (std::int64_t head = 0; head < c.heads_kv; ++head) {
+      std::vector<char>& sees = visible[s].emplace_back(static_cast<std::size_t>(seqlen_q * seqlen_k), 0);
+      std::vector<double> score(static_cast<std::size_t>(seqlen_k));
+      for (double& x : score) {
+        x = random.chance(c.disabled_keys) ? -kInf : c.tied_scores ? random.between(0, 1) : random.normal();
+      }
+      for (std::int64_t j = 0; j < seqlen_k; ++j) {
+        std::int64_t expires = seqlen_k;
+        if (c.visibility == Visibility::kWindow) {
+          expires = c.causal                                      ? first_unselected(score, j, c.keep_window)
+                    : selected(score, j, seqlen_k, c.keep_window) ? seqlen_k
+                                                                  : j;
+        } else if (c.visibility == Visibility::kRandomExpiry) {
+          expires = random.pick({random.between(0, seqlen_k), random.between(j, seqlen_k), seqlen_k,
+                                 kInt32Max, kInt32Min, std::int64_t{-1}});
+        }
+        if (expiry.view().present()) {
+          expiry.set(per_key(static_cast<std::int64_t>(s), j, head), static_cast<double>(expires));
+        }
+        for (std::int64_t i = 0; i < seqlen_q; ++i) {
+          const std::int64_t position = c.causal ? i + offset : seqlen_k - 1;
+          sees[static_cast<std::size_t>(i * seqlen_k + j)] = j <= position && position < expires;
+        }
+      }
+    }
+  }
+}
+
+std::vector<const Tensor*> Problem::inputs() const {
+  return {&query, &key, &value, &bias, &expiry, &cu_seqlens_q, &cu_seqlens_k, &dout, &dlse};
+}
+
+bool Problem::inputs_unchanged() const {
+  const std::vector<const Tensor*> tensors = inputs();
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    if (tensors[i]->bytes() != input_bytes_[i]) return false;
+  }
+  return true;
+}
+
+ForwardArgs Problem::forward_args() const {
+  ForwardArgs args;
+  args.query = query.view();
+  args.key = key.view();
+  args.value = value.view();
+  if (c.bias) args.bias = bias.view();
+  args.expiry = expiry.view();
+  args.cu_seqlens_q = cu_seqlens_q.view();
+  args.cu_seqlens_k = cu_seqlens_k.view();
+  args.scale = c.scale;
+  args.causal = c.causal;
+  return args;
+}
+
+BackwardArgs Problem::backward_args() const {
+  const ForwardArgs forward_args = this->forward_args();
+  BackwardArgs args;
+  args.query = forward_args.query;
+  args.key = forward_args.key;
+  args.value = forward_args.value;
+  args.bias = forward_args.bias;
+  args.expiry = forward_args.expiry;
+  args.cu_seqlens_q = forward_args.cu_seqlens_q;
+  args.cu_seqlens_k = forward_args.cu_seqlens_k;
+  args.scale = c.scale;
+  args.causal = c.causal;
+  args.dout = dout.view();
+  if (c.dlse) args.dlse = dlse.view();
+  return args;
+}
+
+Expectation expect(const Problem& p) {
+  const Case& c = p.c;
+  const std::int64_t dim = c.head_dim;
+  Expectation expectation(c.sequences.size());
+  for (std::size_t n = 0; n < c.sequences.size(); ++n) {
+    const auto [seqlen_q, seqlen_k] = c.sequences[n];
+    const auto s = static_cast<std::int64_t>(n);
+    for (std::int64_t head_kv = 0; head_kv < c.heads_kv; ++head_kv) {
+      HeadInputs in{.query = Matrix(seqlen_q, dim),
+                    .key = Matrix(seqlen_k, dim),
+                    .value = Matrix(seqlen_k, dim),
+                    .dout = Matrix(seqlen_q, dim),
+                    .bias = std::vector<double>(seqlen_k, 0.0),
+                    .dlse = std::vector<double>(seqlen_q, 0.0),
+                    .visible = p.visible[n][head_kv],
+                    .scale = c.scale};
+      for (std::int64_t j = 0; j < seqlen_k; ++j) {
+        if (c.bias) in.bias[j] = p.bias.get(p.per_key(s, j, head_kv));
+        for (std::int64_t column = 0; column < dim; ++column) {
+          in.key[j][column] = p.key.get(p.k_row(s, j, head_kv, column));
+          in.value[j][column] = p.value.get(p.k_row(s, j, head_kv, column));
+        }
+      }
+      HeadResults shared(0, seqlen_k, dim);  // dk, dv, dbias of the group
+      for (std::int64_t member = 0; member < c.group; ++member) {
+        const std::int64_t head = head_kv * c.group + member;
+        for (std::int64_t i = 0; i < seqlen_q; ++i) {
+          if (c.dlse) in.dlse[i] = p.dlse.get(p.per_query(s, i, head));
+          for (std::int64_t column = 0; column < dim; ++column) {
+            in.query[i][column] = p.query.get(p.q_row(s, i, head, column));
+            in.dout[i][column] = p.dout.get(p.q_row(s, i, head, column));
+          }
+        }
+        HeadResults results(seqlen_q, 0, dim);
+        std::swap(results.dk, shared.dk);
+        std::swap(results.dv, shared.dv);
+        std::swap(results.dbias, shared.dbias);
+        attend(in, precision_of(c.dtype), results);
+        std::swap(results.dk, shared.dk);
+        std::swap(results.dv, shared.dv);
+        std::swap(results.dbias, shared.dbias);
+        expectation[n].push_back(std::move(results));
+      }
+      if (c.group == 0) continue;
+      HeadResults& first = expectation[n][static_cast<std::size_t>(head_kv * c.group)];
+      first.dk = std::move(shared.dk);
+      first.dv = std::move(shared.dv);
+      first.dbias = std::move(shared.dbias);
+    }
+  }
+  return expectation;
+}
+
+namespace {
+
+// Visits every place of a tensor with the result that belongs there.
+enum class Kind { kQueryRows, kKeyRows, kPerKey, kPerQuery };
+
+template <typename Visit>
+void for_each_result(const Problem& p, const Expectation& expectation, Kind kind, Result HeadResults::*member,
+                     const Visit& visit) {
+  for (std::size_t n = 0; n < p.c.sequences.size(); ++n) {
+    const auto s = static_cast<std::int64_t>(n);
+    const bool of_keys = kind == Kind::kKeyRows || kind == Kind::kPerKey;
+    const std::int64_t heads = of_keys ? p.c.heads_kv : p.c.heads_kv * p.c.group;
+    const std::int64_t rows = of_keys ? p.c.sequences[n].k : p.c.sequences[n].q;
+    const std::int64_t columns = kind == Kind::kQueryRows || kind == Kind::kKeyRows ? p.c.head_dim : 1;
+    const Result nothing(rows, columns);  // what keys get that no query head reads
+    for (std::int64_t head = 0; head < heads; ++head) {
+      const bool unread = of_keys && p.c.group == 0;
+      const auto at = static_cast<std::size_t>(of_keys ? head * p.c.group : head);
+      const Result& result = unread ? nothing : expectation[n][at].*member;
+      for (std::int64_t i = 0; i < rows; ++i) {
+        for (std::int64_t column = 0; column < columns; ++column) {
+          const Index place = kind == Kind::kQueryRows ? p.q_row(s, i, head, column)
+                              : kind == Kind::kKeyRows ? p.k_row(s, i, head, column)
+                              : kind == Kind::kPerKey  ? p.per_key(s, i, head)
+                                                       : p.per_query(s, i, head);
+          visit(place, result.value[i][column], result.variance[i][column], result.magnitude[i][column]);
+        }
+      }
+    }
+  }
+}
+
+struct Named {
+  const char* name;
+  const Tensor* tensor;
+  Kind kind;
+  Result HeadResults::*member;
+};
+
+// Half a unit of the stored type, six standard deviations of the kernel's own error, and a floor for the
+// accumulation of terms that cancel. float64: 1e-12 of the sum of magnitudes.
+double budget(DType dtype, const Named& named, double value, double variance, double magnitude) {
+  const bool is_double = dtype == DType::kFloat64;
+  if (named.member == &HeadResults::lse) {
+    return is_double ? 1e-12 * magnitude : 1e-5 + 0x1p-20 * std::abs(value);
+  }
+  if (is_double) return 1e-12 * magnitude + 0x1p-1020;
+  const DType stored = named.tensor->view().dtype;
+  const double rounding = named.member == &HeadResults::dbias ? 0x1p-22 : precision_of(stored).output;
+  return rounding * std::abs(value) + 6 * std::sqrt(variance) + 4 * 0x1p-24 * magnitude +
+         smallest_subnormal(stored) / 2 + 0x1p-124;
+}
+
+std::string compare_one(const Problem& p, const Expectation& expectation, const Named& named) {
+  double worst = 1;
+  std::string message;
+  for_each_result(p, expectation, named.kind, named.member,
+                  [&](const Index& place, double want, double variance, double magnitude) {
+                    ++elements_compared;
+                    const double got = named.tensor->get(place);
+                    if (got == want) return;
+                    const double ratio =
+                        std::abs(got - want) / budget(p.c.dtype, named, want, variance, magnitude);
+                    if (ratio <= worst) return;  // NaN falls through
+                    worst = std::isnan(ratio) ? kInf : ratio;
+                    std::ostringstream text;
+                    text << named.name << "[";
+                    for (std::int64_t i : place) text << (&i == &place.front() ? "" : ", ") << i;
+                    text.precision(17);
+                    text << "] = " << got << ", expected " << want << ", " << worst << " times the budget";
+                    message = text.str();
+                  });
+  return message;
+}
+
+}  // namespace
+
+Outputs run_case(const Problem& problem, const Expectation& expectation, const Target& target, Poison poison,
+                 int gradients) {
+  Outputs outputs{.out = problem.like_query(),
+                  .lse = problem.like_lse(),
+                  .gradients = {.dq = problem.like_query(),
+                                .dk = problem.like_key(),
+                                .dv = problem.like_key(),
+                                .dbias = problem.like_bias()}};
+  ForwardArgs forward_args = problem.forward_args();
+  forward_args.out = outputs.out.view();
+  forward_args.lse = outputs.lse.view();
+  run(forward, forward_args, target, poison);
+
+  Tensor out = problem.like_query(), lse = problem.like_lse();
+  const auto set = [](Tensor& tensor) {
+    return [&](const Index& place, double value, double, double) { tensor.set(place, value); };
+  };
+  for_each_result(problem, expectation, Kind::kQueryRows, &HeadResults::out, set(out));
+  for_each_result(problem, expectation, Kind::kPerQuery, &HeadResults::lse, set(lse));
+  BackwardArgs backward_args = problem.backward_args();
+  backward_args.out = out.view();
+  backward_args.lse = lse.view();
+  if ((gradients & 1) != 0) backward_args.dq = outputs.gradients.dq.view();
+  if ((gradients & 2) != 0) backward_args.dk = outputs.gradients.dk.view();
+  if ((gradients & 4) != 0) backward_args.dv = outputs.gradients.dv.view();
+  if ((gradients & 8) != 0 && problem.c.bias) backward_args.dbias = outputs.gradients.dbias.view();
+  run(backward, backward_args, target, poison);
+  return outputs;
+}
+
+std::string compare(const Problem& problem, const Expectation& expectation, const Outputs& outputs) {
+  const Gradients& gradients = outputs.gradients;
+  std::vector<Named> all = {{"out", &outputs.out, Kind::kQueryRows, &HeadResults::out},
+                            {"lse", &outputs.lse, Kind::kPerQuery, &HeadResults::lse},
+                            {"dq", &gradients.dq, Kind::kQueryRows, &HeadResults::dq},
+                            {"dk", &gradients.dk, Kind::kKeyRows, &HeadResults::dk},
+                            {"dv", &gradients.dv, Kind::kKeyRows, &HeadResults::dv}};
+  if (problem.c.bias) all.push_back({"dbias", &gradients.dbias, Kind::kPerKey, &HeadResults::dbias});
+  std::string messages;
+  for (const Named& named : all) {
+    const std::string message = compare_one(problem, expectation, named);
+    if (!message.empty()) messages += (messages.empty() ? "" : "; ") + message;
+  }
+  return messages;
+}
+
+void check_case(const Case& c, std::uint64_t seed, const Target& target) {
+  SCOPED_TRACE(describe(c) + ", seed " + std::to_string(seed));
+  const Problem problem(c, seed);
+  const Expectation expectation = expect(problem);
+  const Outputs outputs = run_case(problem, expectation, target);
+  EXPECT_EQ(compare(problem, expectation, outputs), "");
+  EXPECT_TRUE(problem.inputs_unchanged()) << "an input was written";
+  const Gradients& gradients = outputs.gradients;
+  for (const Tensor* tensor :
+       {&outputs.out, &outputs.lse, &gradients.dq, &gradients.dk, &gradients.dv, &gradients.dbias}) {
+    EXPECT_TRUE(tensor->surroundings_untouched()) << "written outside of an output";
+  }
+}
+
+Case random_case(Random& random) {
+  Case c;
+  c.dtype =
+      random.pick({DType::kFloat64, DType::kFloat32, DType::kFloat32, DType::kBFloat16, DType::kFloat16});
+  c.packed = random.chance(0.4);
+  c.causal = random.chance(0.7);
+  c.heads_kv = random.pick<std::int64_t>({1, 1, 2, 3});
+  c.group = random.pick<std::int64_t>({1, 1, 2, 3, 4, 5, 7, 8, 16});
+  c.head_dim =
+      random.pick<std::int64_t>({1, 2, 3, 7, 8, 15, 16, 17, 24, 31, 32, 33, 40, 64, 65, 80, 96, 128, 130});
+  const std::int64_t longest = c.group * c.head_dim > 300 ? 40 : 130;
+  const std::int64_t sequences = random.pick<std::int64_t>({0, 1, 1, 1, 2, 3});
+  for (std::int64_t i = 0; i < sequences; ++i) {
+    if (i > 0 && !c.packed) {
+      c.sequences.push_back(c.sequences[0]);
+      continue;
+    }
+    const std::int64_t q =
+        std::min(random.pick<std::int64_t>({0,  1,  2,  3,  7,  8,  11, 12, 13, 15, 16, 17,
+                                            31, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97, 130}),
+                 longest);
+    const std::int64_t more = random.pick<std::int64_t>({0, 0, 1, 5, 31, 64});
+    const std::int64_t fewer = c.causal ? 0 : random.between(0, q);
+    c.sequences.push_back({q, q + more - std::min(fewer, q + more)});
+  }
+  c.visibility =
+      random.pick({Visibility::kAll, Visibility::kWindow, Visibility::kWindow, Visibility::kRandomExpiry});
+  c.keep_window = random.pick<std::int64_t>({1, 2, 3, 8, 31, 32, 33, 64, 100, 1000});
+  c.bias = random.chance(0.75);
+  c.dlse = random.chance(0.5);
+  c.scale = random.pick({1.0, 1.0, 0.0, 3.0, -2.0}) / std::sqrt(static_cast<double>(c.head_dim));
+  c.strides = random.pick({Strides::kContiguous, Strides::kPermuted, Strides::kGaps, Strides::kReversed});
+  c.disabled_keys = random.pick({0.0, 0.0, 0.3, 1.0});
+  c.tied_scores = random.chance(0.25);
+  return c;
+}
+
+}  // namespace flash_dmattn::testing

@@ -1,0 +1,101 @@
+// Calls of forward and backward as data: a Case is made into tensors, run, and compared with the oracle.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "oracle.h"
+#include "support.h"
+
+namespace flash_dmattn::testing {
+
+struct Lengths {
+  std::int64_t q, k;
+};
+
+// Which keys a row sees: all (before it, if causal), the keep_window of highest score, or what random
+// integers say.
+enum class Visibility { kAll, kWindow, kRandomExpiry };
+
+struct Case {
+  DType dtype = DType::kFloat32;
+  std::vector<Lengths> sequences;
+  bool packed = false;
+  std::int64_t heads_kv = 1;
+  std::int64_t group = 1;
+  std::int64_t head_dim = 16;
+  bool causal = true;
+  Visibility visibility = Visibility::kAll;
+  std::int64_t keep_window = 1;
+  bool bias = true;
+  bool dlse = true;
+  double scale = 0.25;
+  Strides strides = Strides::kContiguous;
+  double disabled_keys = 0;  // share of the keys whose score, or without scores bias, is -inf
+  bool tied_scores = false;
+};
+
+std::string describe(const Case& c);
+
+// The tensors of a case.
+class Problem {
+ public:
+  Problem(const Case& c, std::uint64_t seed);
+
+  ForwardArgs forward_args() const;
+  BackwardArgs backward_args() const;  // no gradient asked for yet
+  bool inputs_unchanged() const;
+
+  Tensor like_query() const { return Tensor(c.dtype, query.shape(), c.strides); }
+  Tensor like_key() const { return Tensor(c.dtype, key.shape(), c.strides); }
+  Tensor like_bias() const { return Tensor(accumulation_dtype(c.dtype), bias.shape(), c.strides); }
+  Tensor like_lse() const { return Tensor(accumulation_dtype(c.dtype), dlse.shape(), c.strides); }
+
+  // Places in the tensors of row, key or query `i` of sequence s.
+  Index q_row(std::int64_t s, std::int64_t i, std::int64_t head, std::int64_t column) const;
+  Index k_row(std::int64_t s, std::int64_t i, std::int64_t head, std::int64_t column) const;
+  Index per_key(std::int64_t s, std::int64_t i, std::int64_t head) const;
+  Index per_query(std::int64_t s, std::int64_t i, std::int64_t head) const;
+
+  const Case c;
+  Tensor query, key, value, bias, expiry, cu_seqlens_q, cu_seqlens_k;
+  Tensor dout, dlse;
+  std::vector<std::vector<std::vector<char>>> visible;  // [sequence][head_kv][Sq * Sk]
+
+ private:
+  void make_visible(Random& random);
+  std::vector<const Tensor*> inputs() const;
+
+  std::vector<std::int64_t> begin_q_{0}, begin_k_{0};
+  std::vector<std::vector<unsigned char>> input_bytes_;
+};
+
+// The oracle's results, [sequence][head_q]; those of keys sum over the group and stand at its first head.
+using Expectation = std::vector<std::vector<HeadResults>>;
+Expectation expect(const Problem& problem);
+
+struct Gradients {
+  Tensor dq, dk, dv, dbias;
+};
+
+struct Outputs {
+  Tensor out, lse;
+  Gradients gradients;
+};
+
+// Runs both passes; the backward reads the oracle's out and lse, rounded, so that its errors are its own. It
+// computes the gradients whose bits are set: dq 1, dk 2, dv 4, dbias 8.
+Outputs run_case(const Problem& problem, const Expectation& expectation, const Target& target = {},
+                 Poison poison = Poison::kNaN, int gradients = 15);
+
+// "" or one line about the worst element that the error budget does not cover.
+std::string compare(const Problem& problem, const Expectation& expectation, const Outputs& outputs);
+inline std::int64_t elements_compared = 0;
+
+// Everything: run, compare, inputs unchanged, gaps and guard bands untouched.
+void check_case(const Case& c, std::uint64_t seed, const Target& target = {});
+
+// A case of random shape, drawn from the sizes at which kernels break.
+Case random_case(Random& random);
+
+}  // namespace flash_dmattn::testing
