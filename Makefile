@@ -1,0 +1,98 @@
+# make demo and make test do everything, from a fresh clone on: system packages (as root, on Debian and Ubuntu), a
+# virtual environment with PyTorch, the build, the run. What is up to date is not done again.
+#
+#   TORCH=2.13.0    the PyTorch to install into the virtual environment; TORCH=system: use the active environment
+#   PYTHON=python3  the interpreter that makes the virtual environment
+#   VENV=.venv      where
+#   MAX_JOBS=2      compilers that run at once; default: one per core
+TORCH ?= 2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+export MAX_JOBS ?= $(shell nproc)
+
+BUILD := build
+ifeq ($(TORCH),system)
+  PY := $(shell $(PYTHON) -c 'import sys; print(sys.executable)')
+  NEEDS_VENV :=
+else
+  PY := $(VENV)/bin/python
+  NEEDS_VENV := $(PYTHON)
+  export PATH := $(abspath $(VENV))/bin:$(PATH)
+endif
+
+CPP_SOURCES := CMakeLists.txt $(shell find cmake include src bindings -type f)
+TEST_SOURCES := $(shell find tests/cpp examples/cpp -type f)
+CONFIGURE = cmake -S . -G Ninja -DFLASH_DMATTN_BUILD_TESTING=ON -DPython_EXECUTABLE=$(abspath $(PY))
+
+.PHONY: help demo test test-cpp test-sanitize test-python bench bench-cpp build clean distclean
+help:
+	@echo "make demo           train a small language model on real text and draw what it learned (demo_out/)"
+	@echo "make test           every test: C++, C++ under ASan and UBSan, Python"
+	@echo "make test-cpp, test-sanitize, test-python   one of the three"
+	@echo "make bench          benchmarks beside PyTorch's attention; ARGS=... goes to benchmarks/run.py"
+	@echo "make bench-cpp      micro-benchmarks of the C++ library; ARGS=... goes to Google Benchmark"
+	@echo "make build          the Python package, editable, in the virtual environment"
+	@echo "make clean          remove build/;  make distclean: and the virtual environment"
+	@sed -n '/^#   /s/^#  //p' $(firstword $(MAKEFILE_LIST))
+
+demo: $(BUILD)/package.stamp
+	$(PY) examples/demo/train.py $(ARGS)
+
+test: test-cpp test-sanitize test-python
+
+# The counts of what ran are printed by the tests themselves, hence -V.
+test-cpp: $(BUILD)/cpp.stamp
+	GTEST_BRIEF=1 ctest --test-dir $(BUILD)/cpp -V
+
+test-sanitize: $(BUILD)/sanitize.stamp
+	GTEST_BRIEF=1 ctest --test-dir $(BUILD)/sanitize -V
+
+test-python: $(BUILD)/package.stamp $(BUILD)/cpp.stamp
+	FLASH_DMATTN_BUGS_LIBRARY=$(abspath $(BUILD))/cpp/libflash_dmattn_torch_bugs.so $(PY) -m pytest $(ARGS)
+
+bench: $(BUILD)/package.stamp
+	$(PY) benchmarks/run.py $(ARGS)
+
+bench-cpp: $(BUILD)/cpp.stamp
+	$(BUILD)/cpp/tests/cpp/flash_dmattn_bench $(ARGS)
+
+build: $(BUILD)/package.stamp
+
+$(BUILD)/system.stamp: scripts/install_system_packages.sh
+	scripts/install_system_packages.sh $(NEEDS_VENV)
+	@mkdir -p $(@D) && touch $@
+
+# A change of TORCH or VENV makes the environment, and so everything built against it, anew.
+ENVIRONMENT := $(TORCH) $(abspath $(PY))
+ifneq ($(ENVIRONMENT),$(file < $(BUILD)/environment.name))
+  $(shell mkdir -p $(BUILD) && printf '%s' '$(ENVIRONMENT)' > $(BUILD)/environment.name)
+endif
+
+$(BUILD)/environment.stamp: $(BUILD)/environment.name $(BUILD)/system.stamp pyproject.toml
+ifneq ($(TORCH),system)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet 'torch==$(TORCH)'
+endif
+	$(PY) -m pip install --quiet 'scikit-build-core>=0.10' ninja
+	@touch $@
+
+$(BUILD)/package.stamp: $(BUILD)/environment.stamp $(CPP_SOURCES)
+	$(PY) -m pip install --quiet --no-build-isolation -e '.[test,demo]'
+	@touch $@
+
+$(BUILD)/cpp.stamp: $(BUILD)/environment.stamp $(CPP_SOURCES) $(TEST_SOURCES)
+	$(CONFIGURE) -B $(BUILD)/cpp -DFLASH_DMATTN_BUILD_TORCH=ON
+	cmake --build $(BUILD)/cpp
+	@touch $@
+
+$(BUILD)/sanitize.stamp: $(BUILD)/environment.stamp $(CPP_SOURCES) $(TEST_SOURCES)
+	$(CONFIGURE) -B $(BUILD)/sanitize -DFLASH_DMATTN_SANITIZE=address,undefined -DFLASH_DMATTN_WERROR=ON \
+	  -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1
+	cmake --build $(BUILD)/sanitize
+	@touch $@
+
+clean:
+	rm -rf $(BUILD)
+
+distclean: clean
+	rm -rf $(VENV)
