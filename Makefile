@@ -73,7 +73,7 @@ ifneq ($(TORCH),system)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet 'torch==$(TORCH)'
 endif
-	$(PY) -m pip install --quiet 'scikit-build-core>=0.10' ninja
+	$(PY) -m pip install --quiet scikit-build-core ninja
 	@touch $@
 
 $(BUILD)/package.stamp: $(BUILD)/environment.stamp $(CPP_SOURCES)
