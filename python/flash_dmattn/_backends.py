@@ -253,6 +253,10 @@ def _reference_attend(problem: Problem) -> tuple[Tensor, Tensor]:
     )
 
 
+def _reference_why_not(problem: Problem) -> str:
+    return "takes no meta tensors" if problem.query.is_meta else ""
+
+
 def _reference_select(problem: SelectProblem) -> Tensor:
     return reference.select_keys(*problem[1:])
 
@@ -263,7 +267,7 @@ BACKENDS = (
         "cpu", partial(_no_kernels, "cpu"), partial(_native_why_not, "cpu"), _native_attend, _native_select
     ),
     Backend("flex", _flex_unavailable, _flex_why_not, _flex_attend, _tensor_select),
-    Backend("reference", lambda: "", lambda problem: "", _reference_attend, _reference_select),
+    Backend("reference", lambda: "", _reference_why_not, _reference_attend, _reference_select),
 )
 
 _BY_NAME = {backend.name: backend for backend in BACKENDS}

@@ -35,9 +35,10 @@ def select_keys(
     index = torch.arange(length, device=score.device)
     if packed:
         # Sequence of every key; bad values of cu_seqlens must not lead out of bounds.
-        bounds = cu_seqlens.long().clamp(0, length)
-        sequence = (torch.bucketize(index, bounds, right=True) - 1).clamp(0, bounds.shape[0] - 2)
-        start = torch.minimum(bounds[sequence], index)
+        bounds = cu_seqlens.long()
+        sequence = (torch.bucketize(index, bounds, right=True) - 1).clamp(min=0)
+        bounds = torch.nn.functional.pad(bounds, (0, 1))
+        start = torch.minimum(bounds[sequence].clamp(min=0), index)
         seqlen = torch.maximum(bounds[sequence + 1], index + 1) - start
     else:
         sequence, start, seqlen = None, index * 0, index * 0 + length
@@ -45,13 +46,11 @@ def select_keys(
     enabled = score > -math.inf  # False for NaN
     order = _order_of_rank(score, enabled, sequence)
     if is_causal:
-        outranking = (
-            torch.arange(length, device=score.device) - start
-        )  # in the sorted list, of the key in that slot
+        outranking = index - start  # how many keys outrank the one in this slot of the sorted list
         leaves = _kth_smallest(order, start, keep_window_size - 1)
         leaves = torch.where(outranking >= keep_window_size, torch.maximum(leaves, order), start + seqlen)
     else:
-        selected = torch.arange(length, device=score.device) - start < keep_window_size
+        selected = index - start < keep_window_size
         leaves = torch.where(selected, start + seqlen, order)
     expiry = torch.empty_like(order).scatter_(-1, order, leaves)
 

@@ -181,11 +181,8 @@ def _check_attention(backend: _backends.Backend, device: str, dtype: torch.dtype
         try:
             results = _results(case, inputs, backend, device, dtype)
         except Exception as error:  # whatever a broken installation may raise
-            print(
-                f"{backend.name:10}{device:8}{case.name}: WRONG, {type(error).__name__}: {error}".splitlines()[
-                    0
-                ]
-            )
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"{backend.name:10}{device:8}{case.name}: WRONG, {what}")
             return False
         if results is None:
             continue

@@ -1,9 +1,9 @@
 """The backend "flex": the same function through PyTorch's FlexAttention, for the key-only forms.
 
-An oracle that shares no code with the kernels or the reference, and a fallback on GPUs. The interval mask is
-a mask_mod over expiry, the bias a score_mod; the block mask leaves out the tiles in which nothing can be
-visible. On CUDA FlexAttention is compiled. On the CPU PyTorch's unfused implementation runs (it holds Sq x Sk
-scores): the compiled one returns no lse; neither has a backward.
+An oracle that shares no code with the kernels or the reference, and a fallback on GPUs. The interval mask is a
+mask_mod over expiry, the bias a score_mod; the block mask leaves out the tiles in which nothing can be visible.
+On CUDA FlexAttention is compiled, with its backward. On the CPU PyTorch's unfused implementation runs, which
+holds Sq x Sk scores and has no backward: the compiled one lacks that, too, and returns no lse.
 """
 
 from __future__ import annotations
@@ -40,31 +40,32 @@ def why_not(problem: Problem) -> str:
             return f"takes head dims from 16 on CUDA, not {query.shape[-1]}"
     elif problem.needs_grad:
         return "FlexAttention has no backward on the CPU (call it under torch.no_grad())"
-    elif torch.compiler.is_compiling() and (problem.return_lse or query.dtype == torch.float64):
-        return "compiled FlexAttention on the CPU returns no lse and takes no float64"
+    elif torch.compiler.is_compiling():
+        return "runs uncompiled on the CPU: no torch.compile"
     return ""
 
 
 def attention(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """out and lse, the latter None where it is not asked for."""
-    attend = _attend
-    if problem.query.device.type == "cuda" and not torch.compiler.is_compiling():
-        attend = _compiled_attend()
+    arguments = (
+        problem.query,
+        problem.key,
+        problem.value,
+        problem.bias,
+        problem.expiry,
+        problem.cu_seqlens_q,
+        problem.cu_seqlens_k,
+        problem.scale,
+        problem.is_causal,
+        problem.return_lse,
+    )
+    if torch.compiler.is_compiling():
+        return _attend(*arguments)
+    if problem.query.device.type == "cuda":
+        return _compiled_attend()(*arguments)
     with warnings.catch_warnings():
-        # On the CPU the unfused implementation is what we ask for.
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        return attend(
-            problem.query,
-            problem.key,
-            problem.value,
-            problem.bias,
-            problem.expiry,
-            problem.cu_seqlens_q,
-            problem.cu_seqlens_k,
-            problem.scale,
-            problem.is_causal,
-            problem.return_lse,
-        )
+        return _attend(*arguments)
 
 
 @functools.cache
@@ -129,25 +130,26 @@ def _one_after_the_other(
     expiry: Tensor, seqlen_q: int, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
     """Packed sequences as one: the position of every row and the expiry of every key, counted from the first
-    key of all. No interval then reaches beyond its own sequence. Any values of cu_seqlens are safe."""
-    seqlen_k = expiry.shape[-1]
-    bounds_q = cu_seqlens_q.long().clamp(0, seqlen_q)
-    bounds_k = cu_seqlens_k.long().clamp(0, seqlen_k)
-
-    row, sequence = _tokens(bounds_q, seqlen_q)
+    key of all. No interval then reaches beyond its own sequence. Wrong cu_seqlens give wrong results, no worse.
+    """
+    row, sequence, bounds_q = _tokens(cu_seqlens_q, seqlen_q)
+    bounds_k = pad(cu_seqlens_k.long(), (0, 1))
     start, end = bounds_k[sequence], bounds_k[sequence + 1]
     position = row - bounds_q[sequence + 1] + end if is_causal else end - 1
     position = torch.where(position < start, -1, position)  # a row without keys
 
-    _, sequence = _tokens(bounds_k, seqlen_k)
+    _, sequence, bounds_k = _tokens(cu_seqlens_k, expiry.shape[-1])
     start, end = bounds_k[sequence], bounds_k[sequence + 1]
     return position, torch.minimum(start + expiry.clamp(min=0), end)
 
 
-def _tokens(bounds: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The index and the sequence of every token."""
-    token = torch.arange(length, device=bounds.device)
-    return token, (torch.bucketize(token, bounds, right=True) - 1).clamp(0, bounds.shape[0] - 2)
+def _tokens(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The index and the sequence of every token, and cu_seqlens with one more entry, so that a token beyond
+    the end of the last sequence has an end, too."""
+    token = torch.arange(length, device=cu_seqlens.device)
+    bounds = cu_seqlens.long()
+    sequence = (torch.bucketize(token, bounds, right=True) - 1).clamp(min=0)
+    return token, sequence, pad(bounds, (0, 1))
 
 
 def _seen(position: Tensor, expiry: Tensor) -> Tensor:
