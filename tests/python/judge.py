@@ -15,7 +15,7 @@ ALL = tuple(DTYPES)
 KERNELS = {
     "cpu": OpsKernel("cpu", "cpu", ALL, keeps_float32=True),
     "public-cpu": PublicKernel("public-cpu", "cpu", ALL, keeps_float32=True),
-    "reference-cpu": PublicKernel("reference-cpu", "cpu", ALL, keeps_float32=False, backend="reference"),
+    "reference-cpu": PublicKernel("reference-cpu", "cpu", ALL, keeps_float32=False, backend="reference", contiguous=("out", "lse")),
 }
 
 
@@ -39,7 +39,7 @@ def failures_of(kernel, problem: Problem, answer: Expected, least_limit: float =
             failures.append(tiers.Failure("selection", "expiry", f"{len(wrong)} of {expiry.numel()} differ from the "
                                           f"heap; first {list(at)}: got {expiry[at]}, reference {answer.expiry[at]}"))
     results = kernel.run(problem)
-    return failures + tiers.judge(results, answer, problem.query.dtype, kernel.keeps_float32, least_limit=least_limit)
+    return failures + tiers.judge(results, answer, problem.query.dtype, kernel.keeps_float32, kernel.contiguous, least_limit)
 
 
 def require(failures: list[tiers.Failure], how: str) -> None:

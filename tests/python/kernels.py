@@ -13,6 +13,7 @@ import torch
 
 import flash_dmattn
 from cases import Problem
+from tiers import CONTIGUOUS
 
 
 
@@ -23,6 +24,7 @@ class OpsKernel:
     dtypes: tuple[str, ...]
     keeps_float32: bool  # P and dS are not rounded to the input type before the products
     namespace: str = "flash_dmattn"
+    contiguous: tuple[str, ...] = CONTIGUOUS
 
     @property
     def ops(self):
@@ -65,6 +67,7 @@ class PublicKernel:
     keeps_float32: bool
     backend: str | None = None  # None: the package decides
     has_backward: bool = True
+    contiguous: tuple[str, ...] = CONTIGUOUS  # the results that have to be; eager PyTorch lays out gradients as it likes
 
     def select_keys(self, score, keep_window, causal=True, num_sinks=0, local_window=0, cu_seqlens=None):
         packed = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
