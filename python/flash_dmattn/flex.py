@@ -1,9 +1,9 @@
 """The backend "flex": the same function through PyTorch's FlexAttention, for the key-only forms.
 
-An oracle that shares no code with the kernels or the reference, and a fallback on GPUs. The interval mask is a
-mask_mod over expiry, the bias a score_mod; the block mask leaves out the tiles in which nothing can be visible.
-On CUDA FlexAttention is compiled, with its backward. On the CPU PyTorch's unfused implementation runs, which
-holds Sq x Sk scores and has no backward: the compiled one lacks that, too, and returns no lse.
+An oracle that shares no code with the kernels or the reference, and a fallback on GPUs. The interval mask is
+a mask_mod over expiry, the bias a score_mod; the block mask leaves out the tiles in which nothing can be
+visible. On CUDA FlexAttention is compiled, with its backward. On the CPU PyTorch's unfused implementation
+runs, which holds Sq x Sk scores and has no backward: the compiled one has none either, and returns no lse.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -47,46 +48,8 @@ def why_not(problem: Problem) -> str:
 
 def attention(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """out and lse, the latter None where it is not asked for."""
-    arguments = (
-        problem.query,
-        problem.key,
-        problem.value,
-        problem.bias,
-        problem.expiry,
-        problem.cu_seqlens_q,
-        problem.cu_seqlens_k,
-        problem.scale,
-        problem.is_causal,
-        problem.return_lse,
-    )
-    if torch.compiler.is_compiling():
-        return _attend(*arguments)
-    if problem.query.device.type == "cuda":
-        return _compiled_attend()(*arguments)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        return _attend(*arguments)
-
-
-@functools.cache
-def _compiled_attend():
-    return torch.compile(_attend)
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    expiry: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    scale: float,
-    is_causal: bool,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    packed = cu_seqlens_q is not None
-    if packed:
+    query, key, value, bias, expiry = problem.query, problem.key, problem.value, problem.bias, problem.expiry
+    if problem.is_packed:
         query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
         bias = None if bias is None else bias.T.unsqueeze(0)
         expiry = None if expiry is None else expiry.T.unsqueeze(0)
@@ -97,11 +60,11 @@ def _attend(
     expiry = expiry.expand(batch, heads_kv, seqlen_k)
     if bias is not None:
         expiry = torch.where(bias.detach() == -math.inf, 0, expiry)
-    if packed:
-        position, expiry = _one_after_the_other(expiry, seqlen_q, cu_seqlens_q, cu_seqlens_k, is_causal)
+    if problem.is_packed:
+        position, expiry = _one_after_the_other(problem, expiry)
     else:
         row = torch.arange(seqlen_q, device=query.device)
-        position = row + (seqlen_k - seqlen_q) if is_causal else row * 0 + (seqlen_k - 1)
+        position = row + (seqlen_k - seqlen_q) if problem.is_causal else row * 0 + (seqlen_k - 1)
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (j <= position[i]) & (position[i] < expiry[b, h // group, j])
@@ -111,35 +74,48 @@ def _attend(
 
     # What no row sees may hold NaN, and 0 * NaN is NaN.
     unseen = ~_seen(position, expiry).transpose(1, 2).unsqueeze(-1)
-    result = flex_attention(
+    result = _flex_attention(query.device.type)(
         (query if torch.is_grad_enabled() else query.detach()).transpose(1, 2),
         key.masked_fill(unseen, 0).transpose(1, 2),
         value.masked_fill(unseen, 0).transpose(1, 2),
         score_mod=None if bias is None else score_mod,
         block_mask=_block_mask(mask_mod, position, expiry, group),
-        scale=scale,
+        scale=problem.scale,
         enable_gqa=group > 1,
-        return_aux=AuxRequest(lse=True) if return_lse else None,
+        return_aux=AuxRequest(lse=True) if problem.return_lse else None,
     )
-    out, lse = (result[0], result[1].lse) if return_lse else (result, None)
+    out, lse = (result[0], result[1].lse) if problem.return_lse else (result, None)
     out = out.transpose(1, 2).contiguous()
-    return (out.squeeze(0), None if lse is None else lse.squeeze(0)) if packed else (out, lse)
+    return (out.squeeze(0), None if lse is None else lse.squeeze(0)) if problem.is_packed else (out, lse)
 
 
-def _one_after_the_other(
-    expiry: Tensor, seqlen_q: int, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, is_causal: bool
-) -> tuple[Tensor, Tensor]:
+def _flex_attention(device: str) -> Callable:
+    if torch.compiler.is_compiling():
+        return flex_attention
+    return _compiled() if device == "cuda" else _unfused
+
+
+@functools.cache
+def _compiled() -> Callable:
+    return torch.compile(flex_attention)
+
+
+def _unfused(*args, **kwargs):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        return flex_attention(*args, **kwargs)
+
+
+def _one_after_the_other(problem: Problem, expiry: Tensor) -> tuple[Tensor, Tensor]:
     """Packed sequences as one: the position of every row and the expiry of every key, counted from the first
-    key of all. No interval then reaches beyond its own sequence. Wrong cu_seqlens give wrong results, no worse.
+    key of all. No interval then reaches beyond its sequence. Wrong cu_seqlens give wrong results, no worse.
     """
-    row, sequence, bounds_q = _tokens(cu_seqlens_q, seqlen_q)
-    bounds_k = pad(cu_seqlens_k.long(), (0, 1))
+    row, sequence, bounds_q = _tokens(problem.cu_seqlens_q, problem.query.shape[0])
+    _, sequence_k, bounds_k = _tokens(problem.cu_seqlens_k, problem.key.shape[0])
     start, end = bounds_k[sequence], bounds_k[sequence + 1]
-    position = row - bounds_q[sequence + 1] + end if is_causal else end - 1
+    position = row - bounds_q[sequence + 1] + end if problem.is_causal else end - 1
     position = torch.where(position < start, -1, position)  # a row without keys
-
-    _, sequence, bounds_k = _tokens(cu_seqlens_k, expiry.shape[-1])
-    start, end = bounds_k[sequence], bounds_k[sequence + 1]
+    start, end = bounds_k[sequence_k], bounds_k[sequence_k + 1]
     return position, torch.minimum(start + expiry.clamp(min=0), end)
 
 
