@@ -228,8 +228,11 @@ def print_case(entry: dict, entries: list[dict]) -> None:
 
 def _line(name: str, found: dict) -> str:
     def milliseconds(stage: str) -> str:
-        rate = f" ({found['gflops'][stage]:.0f} GFLOP/s)" if stage in found["gflops"] else ""
-        return f"{stage} {1e3 * found['seconds'][stage]['median']:.1f}{rate}"
+        text = f"{stage} {1e3 * found['seconds'][stage]['median']:.1f}"
+        if stage in found["gflops"]:
+            rate = found["gflops"][stage]
+            text += f" ({rate:.0f} GFLOP/s)" if rate < 1000 else f" ({rate / 1000:.0f} TFLOP/s)"
+        return text
 
     total = found["seconds"]["total"]
     spread = f"[{1e3 * total['p10']:.1f}, {1e3 * total['p90']:.1f}], {len(total['samples'])} rounds"

@@ -20,7 +20,6 @@ from flash_dmattn.nn import DynamicMaskAttention
 @dataclass(frozen=True)
 class ModelConfig:
     keep_window: int = 256
-    local_window: int = 32
     width: int = 128
     layers: int = 2
     heads: int = 4
@@ -38,7 +37,6 @@ class Block(nn.Module):
             config.heads,
             config.heads_kv,
             keep_window_size=config.keep_window,
-            local_window=config.local_window,
             qk_norm=True,
         )
         self.mlp_norm = nn.RMSNorm(config.width)

@@ -112,7 +112,7 @@ def time_attention(config: ModelConfig, seqlen: int) -> str:
     gradient = torch.randn(query.shape, generator=generator)
 
     def ours() -> None:
-        expiry = select_keys(score, config.keep_window, local_window=config.local_window)
+        expiry = select_keys(score, config.keep_window)
         out = flash_dmattn_func(query, key, value, attn_bias=score, expiry=expiry, is_causal=True)
         torch.autograd.grad(out, (query, key, value, score), gradient)
 
