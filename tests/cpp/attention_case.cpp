@@ -312,7 +312,7 @@ std::string compare_one(const Problem& p, const Expectation& expectation, const 
                     worst = std::isnan(ratio) ? kInf : ratio;
                     std::ostringstream text;
                     text << named.name << "[";
-                    for (std::int64_t i : place) text << (&i == &place.front() ? "" : ", ") << i;
+                    for (const std::int64_t& i : place) text << (&i == &place.front() ? "" : ", ") << i;
                     text.precision(17);
                     text << "] = " << got << ", expected " << want << ", " << worst << " times the budget";
                     message = text.str();
