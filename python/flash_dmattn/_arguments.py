@@ -17,12 +17,12 @@ from torch import Tensor
 from ._forms import KeyForms
 from ._validation import (
     DTYPES,
-    MAX_POSITION,
     check_bool,
     check_count,
     check_cu_seqlens,
     check_dtype,
     check_expiry_values,
+    check_length,
     check_sequences,
     check_tensor,
     kind_of,
@@ -232,8 +232,7 @@ def select_problem(
     if attn_score.dim() != (2 if packed else 3):
         refuse(function, "attn_score", shape_of(attn_score), layout)
     check_dtype(function, "attn_score", attn_score)
-    if attn_score.shape[0 if packed else -1] > MAX_POSITION:
-        refuse(function, "attn_score", shape_of(attn_score), f"at most {MAX_POSITION} keys")
+    check_length(function, "attn_score", attn_score.shape[0 if packed else -1])
     check_bool(function, "is_causal", is_causal)
     check_bool(function, "validate", validate)
     keep_window_size = check_count(function, "keep_window_size", keep_window_size, minimum=1)
@@ -295,13 +294,8 @@ def _check_qkv(
     if not packed and key.shape[0] != query.shape[0]:
         refuse(function, "key", shape_of(key), f"query's batch size, {query.shape[0]}, as its first size")
     seqlen_q, seqlen_k = query.shape[-3], key.shape[-3]
-    if seqlen_q > MAX_POSITION or seqlen_k > MAX_POSITION:
-        refuse(
-            function,
-            "query, key",
-            f"{seqlen_q} queries and {seqlen_k} keys",
-            f"at most {MAX_POSITION} of each",
-        )
+    check_length(function, "query", seqlen_q)
+    check_length(function, "key", seqlen_k)
     if not packed and is_causal and seqlen_q > seqlen_k:
         got = f"{seqlen_q} queries beside {seqlen_k} keys with is_causal=True"
         refuse(function, "query", got, "at most as many queries as keys")

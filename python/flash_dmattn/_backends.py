@@ -28,11 +28,11 @@ class Backend(NamedTuple):
     name: str
     unavailable: Callable[[], str]  # why it serves no call in this process, or ""
     why_not: Callable[[Problem], str]  # why it does not take this problem, or ""
-    attend: Callable[[Problem], tuple[Tensor, Tensor | None]]
+    attend: Callable[[Problem], tuple[Tensor, Tensor]]
     select: Callable[[SelectProblem], Tensor]
 
 
-def attend(problem: Problem, name: str | None) -> tuple[Tensor, Tensor | None]:
+def attend(problem: Problem, name: str | None) -> tuple[Tensor, Tensor]:
     """out and lse, by the backend of this name or by the first that takes the problem."""
     backend = _choose(problem, name)
     if problem.score is not None:
@@ -217,7 +217,7 @@ def _flex_why_not(problem: Problem) -> str:
     return flex.why_not(problem)
 
 
-def _flex_attend(problem: Problem) -> tuple[Tensor, Tensor | None]:
+def _flex_attend(problem: Problem) -> tuple[Tensor, Tensor]:
     from . import flex
 
     return flex.attention(problem)

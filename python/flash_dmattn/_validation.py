@@ -44,6 +44,12 @@ def check_count(function: str, name: str, count: Any, minimum: int) -> int:
     return count if count < MAX_POSITION else MAX_POSITION  # no more keys than that can be told apart
 
 
+def check_length(function: str, name: str, length: int) -> None:
+    # Not while traced: it would be a guard on every dynamic length.
+    if not torch.compiler.is_compiling() and length > MAX_POSITION:
+        refuse(function, name, f"a length of {length}", f"at most {MAX_POSITION}: positions are int32")
+
+
 def check_cu_seqlens(function: str, name: str, cu_seqlens: Any, rows: Tensor, validate: bool) -> None:
     expected = "an int32 tensor [sequences + 1]"
     check_tensor(function, name, cu_seqlens)

@@ -46,8 +46,8 @@ def why_not(problem: Problem) -> str:
     return ""
 
 
-def attention(problem: Problem) -> tuple[Tensor, Tensor | None]:
-    """out and lse, the latter None where it is not asked for."""
+def attention(problem: Problem) -> tuple[Tensor, Tensor]:
+    """out and lse."""
     query, key, value, bias, expiry = problem.query, problem.key, problem.value, problem.bias, problem.expiry
     if problem.is_packed:
         query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
@@ -74,7 +74,7 @@ def attention(problem: Problem) -> tuple[Tensor, Tensor | None]:
 
     # What no row sees may hold NaN, and 0 * NaN is NaN.
     unseen = ~_seen(position, expiry).transpose(1, 2).unsqueeze(-1)
-    result = _flex_attention(query.device.type)(
+    out, aux = _flex_attention(query.device.type)(
         (query if torch.is_grad_enabled() else query.detach()).transpose(1, 2),
         key.masked_fill(unseen, 0).transpose(1, 2),
         value.masked_fill(unseen, 0).transpose(1, 2),
@@ -82,11 +82,10 @@ def attention(problem: Problem) -> tuple[Tensor, Tensor | None]:
         block_mask=_block_mask(mask_mod, position, expiry, group),
         scale=problem.scale,
         enable_gqa=group > 1,
-        return_aux=AuxRequest(lse=True) if problem.return_lse else None,
+        return_aux=AuxRequest(lse=True),
     )
-    out, lse = (result[0], result[1].lse) if problem.return_lse else (result, None)
     out = out.transpose(1, 2).contiguous()
-    return (out.squeeze(0), None if lse is None else lse.squeeze(0)) if problem.is_packed else (out, lse)
+    return (out.squeeze(0), aux.lse.squeeze(0)) if problem.is_packed else (out, aux.lse)
 
 
 def _flex_attention(device: str) -> Callable:
@@ -97,6 +96,8 @@ def _flex_attention(device: str) -> Callable:
 
 @functools.cache
 def _compiled() -> Callable:
+    # PyTorch compiles eight kinds of calls (dtype, head dim, bias or none) in a process. For more it warns
+    # and runs the unfused implementation: torch._dynamo.config.recompile_limit.
     return torch.compile(flex_attention)
 
 
@@ -116,7 +117,7 @@ def _one_after_the_other(problem: Problem, expiry: Tensor) -> tuple[Tensor, Tens
     position = row - bounds_q[sequence + 1] + end if problem.is_causal else end - 1
     position = torch.where(position < start, -1, position)  # a row without keys
     start, end = bounds_k[sequence_k], bounds_k[sequence_k + 1]
-    return position, torch.minimum(start + expiry.clamp(min=0), end)
+    return position, torch.minimum(start + expiry.clamp(min=0), end).to(torch.int32)
 
 
 def _tokens(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -135,7 +135,7 @@ class DynamicMaskAttention(nn.Module):
                 expiry=expiry,
                 is_causal=True,
             )
-        return self.o_proj(out.flatten(-2).to(hidden_states.dtype))
+        return self.o_proj(out.flatten(-2))
 
     def selection(
         self, hidden_states: Tensor, attn_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
