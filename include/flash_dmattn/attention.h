@@ -29,10 +29,10 @@
 namespace flash_dmattn {
 
 struct SelectArgs {
-  TensorView score;       // [B, Hkv, Sk], packed [total_k, Hkv]; float64, float32, bfloat16 or float16.
+  TensorView score{};     // [B, Hkv, Sk], packed [total_k, Hkv]; float64, float32, bfloat16 or float16.
                           // -inf and NaN disable a key: it is visible to nobody and takes no place in the window
-  TensorView cu_seqlens;  // int32 [sequences + 1], present for packed sequences only
-  TensorView expiry;      // out, int32, shaped like score: the first position that no longer sees the key. Equal to the
+  TensorView cu_seqlens{};  // int32 [sequences + 1], present for packed sequences only
+  TensorView expiry{};    // out, int32, shaped like score: the first position that no longer sees the key. Equal to the
                           // key's own position: never visible; Sk: never evicted. Not causal: Sk if selected
   std::int64_t keep_window = 0;   // keys kept per query, >= 1; of equal scores the later key ranks higher
   bool causal = true;
@@ -42,27 +42,27 @@ struct SelectArgs {
 };
 
 struct ForwardArgs {
-  TensorView query;         // [B, Sq, H, D], packed [total_q, H, D]
-  TensorView key;           // [B, Sk, Hkv, D], packed [total_k, Hkv, D]
-  TensorView value;         // like key
-  TensorView bias;          // optional, added to the logits: [B, Hkv, Sk], packed [total_k, Hkv]
-  TensorView expiry;        // optional, int32, shaped like bias: from select, or the caller's own. Absent: every key
+  TensorView query{};       // [B, Sq, H, D], packed [total_q, H, D]
+  TensorView key{};         // [B, Sk, Hkv, D], packed [total_k, Hkv, D]
+  TensorView value{};       // like key
+  TensorView bias{};        // optional, added to the logits: [B, Hkv, Sk], packed [total_k, Hkv]
+  TensorView expiry{};      // optional, int32, shaped like bias: from select, or the caller's own. Absent: every key
                             // (before the query, if causal) is visible. Any value is safe
-  TensorView cu_seqlens_q;  // int32 [sequences + 1], present for packed sequences only
-  TensorView cu_seqlens_k;  // likewise
-  TensorView out;           // out, like query; 0 for a row that sees no key
-  TensorView lse;           // out, optional, [B, H, Sq], packed [H, total_q]: natural log of the sum of exp(logit);
+  TensorView cu_seqlens_q{};  // int32 [sequences + 1], present for packed sequences only
+  TensorView cu_seqlens_k{};  // likewise
+  TensorView out{};         // out, like query; 0 for a row that sees no key
+  TensorView lse{};         // out, optional, [B, H, Sq], packed [H, total_q]: natural log of the sum of exp(logit);
                             // -inf for a row that sees no key
   double scale = 0;         // of query . key; usually 1 / sqrt(D)
   bool causal = true;       // needs Sq <= Sk in every sequence
 };
 
 struct BackwardArgs {
-  TensorView query, key, value, bias, expiry, cu_seqlens_q, cu_seqlens_k;  // as in ForwardArgs
-  TensorView out, lse;  // what forward returned; lse is needed here
-  TensorView dout;      // like out
-  TensorView dlse;      // optional, like lse
-  TensorView dq, dk, dv, dbias;  // out, like query, key, value, bias; an absent one is not computed
+  TensorView query{}, key{}, value{}, bias{}, expiry{}, cu_seqlens_q{}, cu_seqlens_k{};  // as in ForwardArgs
+  TensorView out{}, lse{};                  // what forward returned; lse is needed here
+  TensorView dout{};                        // like out
+  TensorView dlse{};                        // optional, like lse
+  TensorView dq{}, dk{}, dv{}, dbias{};     // out, like query, key, value, bias; an absent one is not computed
   double scale = 0;
   bool causal = true;
 };
