@@ -34,10 +34,10 @@ inline TensorView contiguous_view(void* data, DType dtype, std::initializer_list
   view.data = data;
   view.dtype = dtype;
   for (std::int64_t size : shape) view.shape[view.rank++] = size;
-  std::int64_t stride = 1;
+  std::uint64_t stride = 1;  // unsigned: wraps for shapes beyond any memory, which every function refuses
   for (int axis = view.rank - 1; axis >= 0; --axis) {
-    view.stride[axis] = stride;
-    stride *= view.shape[axis];
+    view.stride[axis] = static_cast<std::int64_t>(stride);
+    stride *= static_cast<std::uint64_t>(view.shape[axis]);
   }
   return view;
 }
