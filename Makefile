@@ -42,10 +42,10 @@ test: test-cpp test-sanitize test-python
 
 # The counts of what ran are printed by the tests themselves, hence -V.
 test-cpp: $(BUILD)/cpp.stamp
-	GTEST_BRIEF=1 ctest --test-dir $(BUILD)/cpp -V
+	GTEST_BRIEF=1 ctest --test-dir $(BUILD)/cpp -V -j $(MAX_JOBS)
 
 test-sanitize: $(BUILD)/sanitize.stamp
-	GTEST_BRIEF=1 ctest --test-dir $(BUILD)/sanitize -V
+	GTEST_BRIEF=1 ctest --test-dir $(BUILD)/sanitize -V -j $(MAX_JOBS)
 
 test-python: $(BUILD)/package.stamp $(BUILD)/cpp.stamp
 	FLASH_DMATTN_BUGS_LIBRARY=$(abspath $(BUILD))/cpp/libflash_dmattn_torch_bugs.so $(PY) -m pytest $(ARGS)
