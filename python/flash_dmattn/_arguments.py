@@ -17,17 +17,18 @@ from torch import Tensor
 from ._forms import KeyForms
 from ._validation import (
     DTYPES,
+    MAX_POSITION,
     check_bool,
     check_count,
     check_cu_seqlens,
     check_dtype,
     check_expiry_values,
-    check_length,
     check_sequences,
     check_tensor,
     kind_of,
     refuse,
     shape_of,
+    too_long,
     values_are_at_hand,
 )
 
@@ -39,13 +40,9 @@ class Problem(NamedTuple):
     query: Tensor  # [B, Sq, H, D], packed [total_q, H, D]
     key: Tensor  # [B, Sk, Hkv, D], packed [total_k, Hkv, D]
     value: Tensor
-    bias: (
-        Tensor | None
-    )  # key-only, [B, Hkv, Sk], packed [total_k, Hkv]; float32, or float64 for float64 tensors
+    bias: Tensor | None  # key-only, [B, Hkv, Sk], packed [total_k, Hkv]; float32 (float64 with float64)
     expiry: Tensor | None  # int32, shaped like bias
-    score: (
-        Tensor | None
-    )  # to be selected from, broadcastable to bias's shape; -inf wherever a key is disabled
+    score: Tensor | None  # to select from, broadcastable to bias's shape; -inf wherever a key is disabled
     keep_window_size: int | None  # present with score
     dense_bias: Tensor | None  # broadcastable to [B, H, Sq, Sk], its head axis 1, Hkv or H
     dense_mask: Tensor | None  # bool, likewise
@@ -174,17 +171,15 @@ def _problem(
     mask, dense_mask = forms.parse_mask(attn_mask, validate)
     score = forms.parse_score(attn_score)
     expiry = forms.parse_expiry(expiry)
+    if validate and expiry is not None:
+        check_expiry_values(function, expiry, cu_seqlens_k)
     _check_combination(function, bias, dense_bias, dense_mask, keep_window_size, score, expiry)
 
     if keep_window_size is not None:
         keep_window_size = check_count(function, "keep_window_size", keep_window_size, minimum=1)
         score = _score_of_enabled_keys(score, bias, mask)
-    elif mask is not None:
-        expiry = forms.hide_masked(expiry, mask)
-    if expiry is not None:
-        expiry = forms.expand(expiry)
-        if validate:
-            check_expiry_values(function, expiry, cu_seqlens_k)
+    else:
+        expiry = forms.hide_disabled(expiry, bias, mask)
     if bias is not None:
         bias = forms.expand(bias.to(accumulate))
     return Problem(
@@ -232,7 +227,8 @@ def select_problem(
     if attn_score.dim() != (2 if packed else 3):
         refuse(function, "attn_score", shape_of(attn_score), layout)
     check_dtype(function, "attn_score", attn_score)
-    check_length(function, "attn_score", attn_score.shape[0 if packed else -1])
+    if too_long(attn_score.shape[0 if packed else -1]):
+        refuse(function, "attn_score", shape_of(attn_score), f"at most {MAX_POSITION} keys")
     check_bool(function, "is_causal", is_causal)
     check_bool(function, "validate", validate)
     keep_window_size = check_count(function, "keep_window_size", keep_window_size, minimum=1)
@@ -294,8 +290,9 @@ def _check_qkv(
     if not packed and key.shape[0] != query.shape[0]:
         refuse(function, "key", shape_of(key), f"query's batch size, {query.shape[0]}, as its first size")
     seqlen_q, seqlen_k = query.shape[-3], key.shape[-3]
-    check_length(function, "query", seqlen_q)
-    check_length(function, "key", seqlen_k)
+    if too_long(seqlen_q) or too_long(seqlen_k):
+        got = f"{seqlen_q} queries and {seqlen_k} keys"
+        refuse(function, "query, key", got, f"at most {MAX_POSITION} of each")
     if not packed and is_causal and seqlen_q > seqlen_k:
         got = f"{seqlen_q} queries beside {seqlen_k} keys with is_causal=True"
         refuse(function, "query", got, "at most as many queries as keys")

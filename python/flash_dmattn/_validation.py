@@ -44,10 +44,9 @@ def check_count(function: str, name: str, count: Any, minimum: int) -> int:
     return count if count < MAX_POSITION else MAX_POSITION  # no more keys than that can be told apart
 
 
-def check_length(function: str, name: str, length: int) -> None:
-    # Not while traced: it would be a guard on every dynamic length.
-    if not torch.compiler.is_compiling() and length > MAX_POSITION:
-        refuse(function, name, f"a length of {length}", f"at most {MAX_POSITION}: positions are int32")
+def too_long(length: int) -> bool:
+    # Not asked while traced: it would put a guard on every dynamic length.
+    return not torch.compiler.is_compiling() and length > MAX_POSITION
 
 
 def check_cu_seqlens(function: str, name: str, cu_seqlens: Any, rows: Tensor, validate: bool) -> None:
