@@ -30,7 +30,7 @@ if(torch_release VERSION_LESS FLASH_DMATTN_TORCH_MINIMUM)
 endif()
 message(STATUS "PyTorch ${torch_version}: ${torch_dir}")
 
-file(GLOB FLASH_DMATTN_TORCH_SOURCES CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/bindings/torch/*.cpp)
+set(FLASH_DMATTN_TORCH_SOURCES ${PROJECT_SOURCE_DIR}/bindings/torch/operators.cpp)
 
 # A shared library of the operators in the given namespace around the given objects. The linker finds torch
 # where the interpreter has it; the loader finds it already loaded, so no path to it is recorded.
