@@ -167,7 +167,7 @@ def flash_dmattn_func_auto(backend: str | None = None) -> Callable[..., Tensor |
     """
     if backend is not None:
         _backends.check_name("flash_dmattn_func_auto", "backend", backend)
-    return functools.partial(_flash_dmattn_func, backend)
+    return functools.update_wrapper(functools.partial(_flash_dmattn_func, backend), flash_dmattn_func)
 
 
 def get_available_backends() -> list[str]:
