@@ -45,7 +45,8 @@ struct ForwardArgs {
   TensorView query{};       // [B, Sq, H, D], packed [total_q, H, D]
   TensorView key{};         // [B, Sk, Hkv, D], packed [total_k, Hkv, D]
   TensorView value{};       // like key
-  TensorView bias{};        // optional, added to the logits: [B, Hkv, Sk], packed [total_k, Hkv]
+  TensorView bias{};        // optional, added to the logits: [B, Hkv, Sk], packed [total_k, Hkv]. -inf disables a key:
+                            // it is visible to nobody, and its key and value may hold anything
   TensorView expiry{};      // optional, int32, shaped like bias: from select, or the caller's own. Absent: every key
                             // (before the query, if causal) is visible. Any value is safe
   TensorView cu_seqlens_q{};  // int32 [sequences + 1], present for packed sequences only

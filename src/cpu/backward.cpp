@@ -257,8 +257,9 @@ void backward_segment(const BackwardProblem& problem, const SegmentItem& item, i
                          .offset = plan_shape.offset()};
     start_tile(problem, tile, scratch);
     TileKeys keys(plan, segment, plan_shape, row, row_end);
+    const auto bias = problem.layout.per_key<const T>(problem.args.bias, sequence, tile.kv_head);
     bool masked = false;
-    while (const int num_keys = keys.next(kTileN, scratch.entries, scratch.places, &masked)) {
+    while (const int num_keys = keys.next(bias, kTileN, scratch.entries, scratch.places, &masked)) {
       process_block(problem, tile, scratch, masked, num_keys, partial, partial_dbias);
     }
     if (problem.args.dq.present()) store_dq(problem, tile, scratch);

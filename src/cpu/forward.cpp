@@ -182,8 +182,9 @@ void forward_tile(const ForwardProblem& problem, std::int64_t index, int worker)
   const double scale = problem.args.scale * (injected(Bug::kScaleOff) ? 1.01 : 1.0);
   const T scale_log2 = static_cast<T>(scale * std::numbers::log2e);
   TileKeys keys(plan, plan.segment_of_row(tile.row_begin), plan_shape, tile.row_begin, tile.row_end);
+  const auto bias = problem.layout.per_key<const T>(problem.args.bias, tile.sequence, tile.kv_head);
   bool masked = false;
-  while (const int num_keys = keys.next(kTileN, scratch.entries, scratch.places, &masked)) {
+  while (const int num_keys = keys.next(bias, kTileN, scratch.entries, scratch.places, &masked)) {
     gather(problem, tile, scratch, num_keys);
     for (std::int64_t panel = 0; panel < tile.num_panels(); ++panel) {
       alignas(64) T block_max[kPanel];

@@ -1,6 +1,7 @@
 #include "cpu/plan.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "core/parallel.h"
 #include "cpu/config.h"
@@ -117,7 +118,8 @@ TileKeys::TileKeys(const Plan& plan, const Segment& segment, const PlanShape& sh
       last_position_(row_end - 1 + shape.offset()),
       causal_(shape.causal) {}
 
-int TileKeys::next(int capacity, PlanEntry* entries, std::int32_t* places, bool* partial) {
+template <class T>
+int TileKeys::next(VectorView<const T> bias, int capacity, PlanEntry* entries, std::int32_t* places, bool* partial) {
   *partial = false;
   int count = 0;
   for (; place_ < end_ && count < capacity; ++place_) {
@@ -129,13 +131,17 @@ int TileKeys::next(int capacity, PlanEntry* entries, std::int32_t* places, bool*
         break;
       }
       if (entry.expiry <= first_position_) continue;
-      *partial |= entry.key > first_position_ || entry.expiry <= last_position_;
     }
+    if (bias.present() && bias[entry.key] == -std::numeric_limits<T>::infinity()) continue;
+    *partial |= causal_ && (entry.key > first_position_ || entry.expiry <= last_position_);
     places[count] = static_cast<std::int32_t>(place_ - begin_);
     entries[count++] = entry;
   }
   return count;
 }
+
+template int TileKeys::next(VectorView<const float>, int, PlanEntry*, std::int32_t*, bool*);
+template int TileKeys::next(VectorView<const double>, int, PlanEntry*, std::int32_t*, bool*);
 
 Plans::Plans(const Layout& layout, bool causal, bool has_expiry, std::int64_t tile_positions, Arena& arena)
     : layout_(layout), causal_(causal), has_expiry_(has_expiry), tile_positions_(tile_positions) {

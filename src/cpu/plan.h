@@ -62,7 +62,9 @@ class TileKeys {
 
   // Fills at most `capacity` entries and their places in the segment's list, counted from its beginning. Sets
   // *partial if some of the tile's rows do not see one of them. Returns their number; 0 when the tile has no more.
-  int next(int capacity, PlanEntry* entries, std::int32_t* places, bool* partial);
+  // A bias of -inf disables its key, whatever its expiry.
+  template <class T>
+  int next(VectorView<const T> bias, int capacity, PlanEntry* entries, std::int32_t* places, bool* partial);
 
  private:
   const PlanEntry* entries_;  // null: a range of keys

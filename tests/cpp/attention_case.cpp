@@ -9,6 +9,7 @@ namespace flash_dmattn::testing {
 namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr std::int64_t kInt32Max = std::numeric_limits<std::int32_t>::max();
 constexpr std::int64_t kInt32Min = std::numeric_limits<std::int32_t>::min();
 
@@ -115,7 +116,7 @@ Problem::Problem(const Case& the_case, std::uint64_t seed) : c(the_case) {
   for (const Tensor* tensor : inputs()) input_bytes_.push_back(tensor->bytes());
 }
 
-// Fills `visible` and, from it or before it, `expiry`.
+// Fills `visible` and, from it or before it, `expiry`. What no row sees gets a key and a value of NaN.
 void Problem::make_visible(Random& random) {
   visible.resize(c.sequences.size());
   for (std::size_t s = 0; s < c.sequences.size(); ++s) {
@@ -140,9 +141,19 @@ void Problem::make_visible(Random& random) {
         if (expiry.view().present()) {
           expiry.set(per_key(static_cast<std::int64_t>(s), j, head), static_cast<double>(expires));
         }
+        const bool disabled = c.bias && bias.get(per_key(static_cast<std::int64_t>(s), j, head)) == -kInf;
+        bool seen = false;
         for (std::int64_t i = 0; i < seqlen_q; ++i) {
           const std::int64_t position = c.causal ? i + offset : seqlen_k - 1;
-          sees[static_cast<std::size_t>(i * seqlen_k + j)] = j <= position && position < expires;
+          const bool sees_key = !disabled && j <= position && position < expires;
+          sees[static_cast<std::size_t>(i * seqlen_k + j)] = sees_key;
+          seen |= sees_key;
+        }
+        if (!seen) {
+          for (std::int64_t column = 0; column < c.head_dim; ++column) {
+            key.set(k_row(static_cast<std::int64_t>(s), j, head, column), kNaN);
+            value.set(k_row(static_cast<std::int64_t>(s), j, head, column), kNaN);
+          }
         }
       }
     }
