@@ -1,8 +1,6 @@
-// Between PyTorch's stable ABI and the library: tensors to views, statuses to exceptions, threads and memory lent.
+// Between PyTorch's stable ABI and the library: tensors to views, statuses to exceptions, threads and memory
+// lent.
 #pragma once
-
-#include <cstdint>
-#include <optional>
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -10,6 +8,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
 
 #include "flash_dmattn/attention.h"
 
@@ -21,11 +22,16 @@ using torch::stable::Tensor;
 // `argument` and `function` name the tensor in an error.
 inline DType dtype_of(const Tensor& tensor, const char* function, const char* argument) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Int: return DType::kInt32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Int:
+      return DType::kInt32;
     default:
       STD_TORCH_CHECK(false, "flash_dmattn::", function, ": ", argument, ": got dtype ",
                       torch::headeronly::toString(tensor.scalar_type()),
@@ -64,7 +70,8 @@ inline Target cpu_target() {
 }
 
 inline Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype) {
-  return torch::stable::empty(shape, dtype, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  return torch::stable::empty(shape, dtype, std::nullopt,
+                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
 // Runs one pass with a workspace from PyTorch's allocator.

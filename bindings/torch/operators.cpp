@@ -1,5 +1,5 @@
-// The operators torch.ops.flash_dmattn.*: a tensor becomes a view, outputs and workspace come from PyTorch. No logic.
-// Fake kernels and derivatives are registered in python/flash_dmattn/_ops.py.
+// The operators torch.ops.flash_dmattn.*: a tensor becomes a view, outputs and workspace come from PyTorch.
+// No logic. Fake kernels and derivatives are registered in python/flash_dmattn/_ops.py.
 
 #include <string>
 #include <tuple>
@@ -37,15 +37,16 @@ ScalarType lse_dtype(const Tensor& query) {
 // [B, H, Sq], packed [H, total_q].
 Tensor empty_lse(const Tensor& query) {
   if (query.dim() == 4) return empty_cpu({query.size(0), query.size(2), query.size(1)}, lse_dtype(query));
-  STD_TORCH_CHECK(query.dim() == 3, "flash_dmattn::forward: query: got ", query.dim(),
-                  " dimensions, expected [B, Sq, H, D], or packed [total_q, H, D] with cu_seqlens_q and cu_seqlens_k");
+  STD_TORCH_CHECK(
+      query.dim() == 3, "flash_dmattn::forward: query: got ", query.dim(),
+      " dimensions, expected [B, Sq, H, D], or packed [total_q, H, D] with cu_seqlens_q and cu_seqlens_k");
   return empty_cpu({query.size(1), query.size(0)}, lse_dtype(query));
 }
 
-ForwardArgs forward_args(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bias,
-                         const OptionalTensor& expiry, const OptionalTensor& cu_seqlens_q,
-                         const OptionalTensor& cu_seqlens_k, const Tensor& out, const Tensor& lse, double scale,
-                         bool is_causal) {
+ForwardArgs forward_args(const Tensor& query, const Tensor& key, const Tensor& value,
+                         const OptionalTensor& bias, const OptionalTensor& expiry,
+                         const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                         const Tensor& out, const Tensor& lse, double scale, bool is_causal) {
   const char* function = "forward";
   return {.query = view_of(query, function, "query"),
           .key = view_of(key, function, "key"),
@@ -61,12 +62,12 @@ ForwardArgs forward_args(const Tensor& query, const Tensor& key, const Tensor& v
 }
 
 std::tuple<Tensor, Tensor> forward_op(Tensor query, Tensor key, Tensor value, OptionalTensor bias,
-                                      OptionalTensor expiry, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-                                      double scale, bool is_causal) {
+                                      OptionalTensor expiry, OptionalTensor cu_seqlens_q,
+                                      OptionalTensor cu_seqlens_k, double scale, bool is_causal) {
   Tensor lse = empty_lse(query);
   Tensor out = empty_cpu(query.sizes(), query.scalar_type());
-  run_on_cpu(forward, forward_args(query, key, value, bias, expiry, cu_seqlens_q, cu_seqlens_k, out, lse, scale,
-                                   is_causal));
+  run_on_cpu(forward, forward_args(query, key, value, bias, expiry, cu_seqlens_q, cu_seqlens_k, out, lse,
+                                   scale, is_causal));
   return {out, lse};
 }
 
@@ -110,7 +111,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
 }
 
 std::string explain_op(Tensor query, Tensor key, Tensor value, OptionalTensor bias, OptionalTensor expiry,
-                       OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, double scale, bool is_causal) {
+                       OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, double scale,
+                       bool is_causal) {
   Tensor lse = empty_lse(query);
   Tensor out = empty_cpu(query.sizes(), query.scalar_type());
   const ForwardArgs args =
@@ -144,7 +146,8 @@ std::string bug_names_op() {
 
 FLASH_DMATTN_LIBRARY(FLASH_DMATTN_TORCH_NAMESPACE, library) {
   library.def(
-      "select(Tensor score, int keep_window, bool is_causal, int num_sinks, int local_window, Tensor? cu_seqlens) "
+      "select(Tensor score, int keep_window, bool is_causal, int num_sinks, int local_window, Tensor? "
+      "cu_seqlens) "
       "-> Tensor");
   library.def(
       "forward(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? expiry, Tensor? cu_seqlens_q, "

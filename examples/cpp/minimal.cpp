@@ -29,7 +29,8 @@ int main() {
     for (float& x : data) x = normal(engine);
     return data;
   };
-  const std::vector<float> query = random(kTokens * kHeads * kHeadDim), key = random(kTokens * kHeadsKv * kHeadDim);
+  const std::vector<float> query = random(kTokens * kHeads * kHeadDim),
+                           key = random(kTokens * kHeadsKv * kHeadDim);
   const std::vector<float> value = random(kTokens * kHeadsKv * kHeadDim), score = random(kHeadsKv * kTokens);
   std::vector<float> out(query.size());
   std::vector<std::int32_t> expiry(score.size());

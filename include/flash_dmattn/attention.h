@@ -1,21 +1,23 @@
 // Dynamic-mask attention: every query attends to the keep_window keys of highest score before it, exactly.
 //
-//   select    scores -> expiry, the whole mask as one int32 per key: key j is visible to the positions [j, expiry_j)
-//   forward   query, key, value, bias, expiry -> out, lse
-//   backward  the gradients of query, key, value and bias
+//   select    scores -> expiry, the whole mask as one int32 per key: key j is visible to the positions [j,
+//   expiry_j) forward   query, key, value, bias, expiry -> out, lse backward  the gradients of query, key,
+//   value and bias
 //
 // The definition of every result, with the proof that one integer per key is enough, is docs/math.md.
 //
-// Shapes: B batch, Sq and Sk the lengths of queries and keys, H and Hkv the numbers of query and key/value heads
-// (H % Hkv == 0, query head h reads key/value head h / (H / Hkv)), D the head dim. Any strides. Query row i stands at
-// position i + Sk - Sq. Packed sequences (cu_seqlens present) drop the batch axis: sequence s owns the rows
-// [cu_seqlens[s], cu_seqlens[s + 1]), selects on its own, and counts positions from its own start.
+// Shapes: B batch, Sq and Sk the lengths of queries and keys, H and Hkv the numbers of query and key/value
+// heads (H % Hkv == 0, query head h reads key/value head h / (H / Hkv)), D the head dim. Any strides. Query
+// row i stands at position i + Sk - Sq. Packed sequences (cu_seqlens present) drop the batch axis: sequence s
+// owns the rows [cu_seqlens[s], cu_seqlens[s + 1]), selects on its own, and counts positions from its own
+// start.
 //
-// query, key, value, out and their gradients share one type: float64, float32, bfloat16 or float16. Bias, lse and
-// their gradients are float32, or float64 where the query is float64. Arithmetic is in that type.
+// query, key, value, out and their gradients share one type: float64, float32, bfloat16 or float16. Bias, lse
+// and their gradients are float32, or float64 where the query is float64. Arithmetic is in that type.
 //
-// The library allocates nothing (but the message of an error), owns no thread and keeps no state between calls: any
-// number of threads may call it at the same time. The same input gives the same bits, whatever the number of workers.
+// The library allocates nothing (but the message of an error), owns no thread and keeps no state between
+// calls: any number of threads may call it at the same time. The same input gives the same bits, whatever the
+// number of workers.
 #pragma once
 
 #include <cstddef>
@@ -29,41 +31,43 @@
 namespace flash_dmattn {
 
 struct SelectArgs {
-  TensorView score{};     // [B, Hkv, Sk], packed [total_k, Hkv]; float64, float32, bfloat16 or float16.
-                          // -inf and NaN disable a key: it is visible to nobody and takes no place in the window
+  TensorView score{};  // [B, Hkv, Sk], packed [total_k, Hkv]; float64, float32, bfloat16 or float16.
+                       // -inf and NaN disable a key: it is visible to nobody and takes no place in the window
   TensorView cu_seqlens{};  // int32 [sequences + 1], present for packed sequences only
-  TensorView expiry{};    // out, int32, shaped like score: the first position that no longer sees the key. Equal to the
-                          // key's own position: never visible; Sk: never evicted. Not causal: Sk if selected
-  std::int64_t keep_window = 0;   // keys kept per query, >= 1; of equal scores the later key ranks higher
+  TensorView
+      expiry{};  // out, int32, shaped like score: the first position that no longer sees the key. Equal to
+                 // the key's own position: never visible; Sk: never evicted. Not causal: Sk if selected
+  std::int64_t keep_window = 0;  // keys kept per query, >= 1; of equal scores the later key ranks higher
   bool causal = true;
-  std::int64_t num_sinks = 0;     // the first num_sinks keys, unless disabled, stay visible for ever, on top of the window
-  std::int64_t local_window = 0;  // every key, unless disabled, is visible to this many positions at least, itself
-                                  // included, on top of the window; causal only
+  std::int64_t num_sinks =
+      0;  // the first num_sinks keys, unless disabled, stay visible for ever, on top of the window
+  std::int64_t local_window = 0;  // every key, unless disabled, is visible to this many positions at least,
+                                  // itself included, on top of the window; causal only
 };
 
 struct ForwardArgs {
-  TensorView query{};       // [B, Sq, H, D], packed [total_q, H, D]
-  TensorView key{};         // [B, Sk, Hkv, D], packed [total_k, Hkv, D]
-  TensorView value{};       // like key
-  TensorView bias{};        // optional, added to the logits: [B, Hkv, Sk], packed [total_k, Hkv]. -inf disables a key:
-                            // it is visible to nobody, and its key and value may hold anything
-  TensorView expiry{};      // optional, int32, shaped like bias: from select, or the caller's own. Absent: every key
-                            // (before the query, if causal) is visible. Any value is safe
+  TensorView query{};  // [B, Sq, H, D], packed [total_q, H, D]
+  TensorView key{};    // [B, Sk, Hkv, D], packed [total_k, Hkv, D]
+  TensorView value{};  // like key
+  TensorView bias{};   // optional, added to the logits: [B, Hkv, Sk], packed [total_k, Hkv]. -inf disables a
+                      // key: it is visible to nobody, and its key and value may hold anything
+  TensorView expiry{};  // optional, int32, shaped like bias: from select, or the caller's own. Absent: every
+                        // key (before the query, if causal) is visible. Any value is safe
   TensorView cu_seqlens_q{};  // int32 [sequences + 1], present for packed sequences only
   TensorView cu_seqlens_k{};  // likewise
-  TensorView out{};         // out, like query; 0 for a row that sees no key
-  TensorView lse{};         // out, optional, [B, H, Sq], packed [H, total_q]: natural log of the sum of exp(logit);
-                            // -inf for a row that sees no key
-  double scale = 0;         // of query . key; usually 1 / sqrt(D)
-  bool causal = true;       // needs Sq <= Sk in every sequence
+  TensorView out{};           // out, like query; 0 for a row that sees no key
+  TensorView lse{};  // out, optional, [B, H, Sq], packed [H, total_q]: natural log of the sum of exp(logit);
+                     // -inf for a row that sees no key
+  double scale = 0;  // of query . key; usually 1 / sqrt(D)
+  bool causal = true;  // needs Sq <= Sk in every sequence
 };
 
 struct BackwardArgs {
   TensorView query{}, key{}, value{}, bias{}, expiry{}, cu_seqlens_q{}, cu_seqlens_k{};  // as in ForwardArgs
-  TensorView out{}, lse{};                  // what forward returned; lse is needed here
-  TensorView dout{};                        // like out
-  TensorView dlse{};                        // optional, like lse
-  TensorView dq{}, dk{}, dv{}, dbias{};     // out, like query, key, value, bias; an absent one is not computed
+  TensorView out{}, lse{};               // what forward returned; lse is needed here
+  TensorView dout{};                     // like out
+  TensorView dlse{};                     // optional, like lse
+  TensorView dq{}, dk{}, dv{}, dbias{};  // out, like query, key, value, bias; an absent one is not computed
   double scale = 0;
   bool causal = true;
 };

@@ -5,8 +5,9 @@
 
 namespace flash_dmattn {
 
-// Runs body(state, worker) once for every worker in [0, num_workers) and returns when all have returned. The calls
-// may run at the same time or one after the other, on any threads: results do not depend on it, bit for bit.
+// Runs body(state, worker) once for every worker in [0, num_workers) and returns when all have returned. The
+// calls may run at the same time or one after the other, on any threads: results do not depend on it, bit for
+// bit.
 struct ParallelFor {
   using Body = void (*)(void* state, int worker);
 
@@ -23,7 +24,8 @@ struct Target {
   ParallelFor parallel_for;
 };
 
-// Memory lent for one call: at least workspace_bytes(args, target) bytes. Its contents need no initialisation.
+// Memory lent for one call: at least workspace_bytes(args, target) bytes. Its contents need no
+// initialisation.
 struct Workspace {
   void* data = nullptr;
   std::size_t bytes = 0;

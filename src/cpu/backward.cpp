@@ -1,17 +1,18 @@
-// The backward pass on the CPU. A task is one segment of one key/value head; it walks the segment's query tiles and,
-// per block of kTileN keys that a tile sees, does five products:
+// The backward pass on the CPU. A task is one segment of one key/value head; it walks the segment's query
+// tiles and, per block of kTileN keys that a tile sees, does five products:
 //
 //   P^T  = exp(K Q^T * scale + bias - lse)        forward: P = softmax(Q K^T * scale + bias)
 //   dS^T = P^T * (V dO^T - delta)                 forward: O = P V
 //   dV  += P^T dO      dK += dS^T Q      dbias += rowsum(dS^T)      dQ += dS K
 //
-// dQ of a row belongs to one tile. The sums of a key belong to every segment that sees it, so each segment keeps
-// partial sums of its own; after each wave of segments they are added, one segment after the other in their order. So
-// neither threads nor chance nor the size of a wave change the order of a sum.
+// dQ of a row belongs to one tile. The sums of a key belong to every segment that sees it, so each segment
+// keeps partial sums of its own; after each wave of segments they are added, one segment after the other in
+// their order. So neither threads nor chance nor the size of a wave change the order of a sum.
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/backward.cpp"
-#include "cpu/targets.h"
+#include "cpu/backward.h"
+
 #include <hwy/foreach_target.h>  // must come before highway.h
 #include <hwy/highway.h>
 
@@ -22,9 +23,9 @@
 
 #include "core/parallel.h"
 #include "cpu/backend.h"
-#include "cpu/backward.h"
 #include "cpu/bugs.h"
 #include "cpu/reduce_partials.h"
+#include "cpu/targets.h"
 #include "cpu/tile-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -68,7 +69,8 @@ void start_tile(const BackwardProblem& problem, const QueryTile& tile, const Bac
 }
 
 template <class T>
-void gather(const BackwardProblem& problem, const QueryTile& tile, const BackwardScratch<T>& scratch, int num_keys) {
+void gather(const BackwardProblem& problem, const QueryTile& tile, const BackwardScratch<T>& scratch,
+            int num_keys) {
   const std::int64_t head_dim = problem.layout.head_dim;
   const Rows key = key_rows(problem.layout, problem.args.key, tile.sequence, tile.kv_head);
   const Rows value = key_rows(problem.layout, problem.args.value, tile.sequence, tile.kv_head);
@@ -100,7 +102,8 @@ void weight_panel(const TileShape& shape, const BackwardScratch<T>& scratch, std
   for (int v = 0; v < kVecs<T>; ++v) lse[v] = hn::Load(d, scratch.lse + panel * kPanel + v * kLanes<T>);
   for (int n0 = 0; n0 < num_keys; n0 += kTileM<T>) {
     Vec<T> acc[kTileM<T>][kVecs<T>];
-    multiply<Lhs::kRowMajor>(scratch.keys + n0 * shape.head_dim, shape.head_dim, q_panel, shape.head_dim, acc);
+    multiply<Lhs::kRowMajor>(scratch.keys + n0 * shape.head_dim, shape.head_dim, q_panel, shape.head_dim,
+                             acc);
     const int valid = HWY_MIN(kTileM<T>, num_keys - n0);
     T* HWY_RESTRICT row = scratch.weights + n0 * shape.score_stride + panel * kPanel;
 #pragma GCC unroll 16
@@ -119,14 +122,16 @@ void weight_panel(const TileShape& shape, const BackwardScratch<T>& scratch, std
 
 // dS^T of 16 rows and all keys of the block, and its sums over the rows.
 template <class T>
-void dscore_panel(const TileShape& shape, const BackwardScratch<T>& scratch, std::int64_t panel, int num_keys) {
+void dscore_panel(const TileShape& shape, const BackwardScratch<T>& scratch, std::int64_t panel,
+                  int num_keys) {
   constexpr Tag<T> d;
   const T* dout_panel = scratch.dout_transposed + panel * shape.head_dim * kPanel;
   Vec<T> delta[kVecs<T>];
   for (int v = 0; v < kVecs<T>; ++v) delta[v] = hn::Load(d, scratch.delta + panel * kPanel + v * kLanes<T>);
   for (int n0 = 0; n0 < num_keys; n0 += kTileM<T>) {
     Vec<T> acc[kTileM<T>][kVecs<T>];
-    multiply<Lhs::kRowMajor>(scratch.values + n0 * shape.head_dim, shape.head_dim, dout_panel, shape.head_dim, acc);
+    multiply<Lhs::kRowMajor>(scratch.values + n0 * shape.head_dim, shape.head_dim, dout_panel, shape.head_dim,
+                             acc);
     const int valid = HWY_MIN(kTileM<T>, num_keys - n0);
     const std::int64_t place = n0 * shape.score_stride + panel * kPanel;
 #pragma GCC unroll 16
@@ -151,8 +156,8 @@ void accumulate_keys(const BackwardProblem& problem, const T* lhs, const T* pane
   for (std::int64_t column = 0; column < problem.tile_shape.head_dim_padded; column += kPanel) {
     const T* panel = panels + column * problem.tile_shape.rows;
     for (int n0 = 0; n0 < num_keys; n0 += kTileM<T>) {
-      multiply_add<Lhs::kRowMajor>(lhs + n0 * problem.tile_shape.score_stride, problem.tile_shape.score_stride, panel,
-                                   num_rows, sums + n0, column);
+      multiply_add<Lhs::kRowMajor>(lhs + n0 * problem.tile_shape.score_stride,
+                                   problem.tile_shape.score_stride, panel, num_rows, sums + n0, column);
     }
   }
 }
@@ -168,8 +173,8 @@ void accumulate_dq(const BackwardProblem& problem, const BackwardScratch<T>& scr
     for (std::int64_t r0 = 0; r0 < num_rows; r0 += kTileM<T>) {
       T* rows[kTileM<T>];
       for (int m = 0; m < kTileM<T>; ++m) rows[m] = scratch.dq + (r0 + m) * stride;
-      multiply_add<Lhs::kColMajor>(scratch.dscores + r0, problem.tile_shape.score_stride, panel, num_keys, rows,
-                                   column);
+      multiply_add<Lhs::kColMajor>(scratch.dscores + r0, problem.tile_shape.score_stride, panel, num_keys,
+                                   rows, column);
     }
   }
   if (injected(Bug::kLowPrecisionDq)) {
@@ -198,7 +203,8 @@ void process_block(const BackwardProblem& problem, const QueryTile& tile, const 
     weigh(problem.tile_shape, scratch, panel, scale_log2, num_keys);
   }
   if (args.dv.present()) {
-    accumulate_keys(problem, scratch.weights, scratch.dout_panels, tile.num_rows(), num_keys, scratch.dv_rows);
+    accumulate_keys(problem, scratch.weights, scratch.dout_panels, tile.num_rows(), num_keys,
+                    scratch.dv_rows);
   }
   if (!args.dq.present() && !args.dk.present() && !args.dbias.present()) return;
   for (std::int64_t panel = 0; panel < tile.num_panels(); ++panel) {
@@ -227,7 +233,8 @@ void store_dq(const BackwardProblem& problem, const QueryTile& tile, const Backw
       // A row without keys: its sums may be 0 times a key that is not finite.
       const bool empty = scratch.lse[tile.tile_row(i, in_group)] == std::numeric_limits<T>::infinity();
       if (empty) std::fill_n(scratch.row, problem.layout.head_dim, T(0));
-      store_row(empty ? scratch.row : row, static_cast<T>(problem.args.scale), problem.layout.head_dim, dq, i);
+      store_row(empty ? scratch.row : row, static_cast<T>(problem.args.scale), problem.layout.head_dim, dq,
+                i);
     }
   }
 }
@@ -291,7 +298,8 @@ constexpr std::int64_t kWaveBytesPerWorker = std::int64_t{16} << 20;
 template <class T>
 bool sums_in_place(const Layout& layout, const TensorView& gradient) {
   const int column_axis = layout.packed ? 2 : 3;
-  return dtype_size(gradient.dtype) == sizeof(T) && (gradient.stride[column_axis] == 1 || layout.head_dim == 1);
+  return dtype_size(gradient.dtype) == sizeof(T) &&
+         (gradient.stride[column_axis] == 1 || layout.head_dim == 1);
 }
 
 // The one cut of the workspace: measures it when the arena has no memory.
@@ -319,7 +327,8 @@ BackwardProblem make_problem(const BackwardArgs& args, int num_workers, Arena& a
   SegmentItem* items = arena.take<SegmentItem>(plans.max_segments());
   void* dk_sum = take_sum(args.dk);
   void* dv_sum = take_sum(args.dv);
-  return {args, layout, tile_shape, partial_shape, plans, worker.bytes(), scratch, wave, partial, items, dk_sum, dv_sum};
+  return {args,    layout, tile_shape, partial_shape, plans,  worker.bytes(),
+          scratch, wave,   partial,    items,         dk_sum, dv_sum};
 }
 
 template <class T>

@@ -11,8 +11,9 @@
 
 namespace flash_dmattn::cpu {
 
-// A worker's memory for one query tile. T is the arithmetic type. Matrices that appear on both sides of products are
-// held twice: transposed, where their rows lie along the vector lanes, and in panels of their columns.
+// A worker's memory for one query tile. T is the arithmetic type. Matrices that appear on both sides of
+// products are held twice: transposed, where their rows lie along the vector lanes, and in panels of their
+// columns.
 template <class T>
 struct BackwardScratch {
   T* q_transposed;     // [rows_padded / kPanel][head_dim][kPanel]
@@ -28,12 +29,12 @@ struct BackwardScratch {
   T* row;              // [head_dim_padded]
   T* out_row;          // [head_dim_padded]
   T* unused_row;       // [head_dim_padded], takes what register tiles compute past the last key
-  T* lse;              // [rows_padded], in units of log 2; +inf for a row without keys, whose weights are then 0
-  T* delta;            // [rows_padded], rowsum(dout * out) - dlse
-  T* bias;             // [kTileN], in units of log 2
-  T* dbias;            // [kTileN][kPanel], summed over the rows of each lane
-  T** dk_rows;         // [kTileN + kMaxTileM], where the sums of each gathered key are
-  T** dv_rows;         // likewise
+  T* lse;       // [rows_padded], in units of log 2; +inf for a row without keys, whose weights are then 0
+  T* delta;     // [rows_padded], rowsum(dout * out) - dlse
+  T* bias;      // [kTileN], in units of log 2
+  T* dbias;     // [kTileN][kPanel], summed over the rows of each lane
+  T** dk_rows;  // [kTileN + kMaxTileM], where the sums of each gathered key are
+  T** dv_rows;  // likewise
   std::int32_t* position;  // [rows_padded]
   PlanEntry* entries;      // [kTileN]
   std::int32_t* places;    // [kTileN]
@@ -63,21 +64,24 @@ struct BackwardScratch {
         places(arena.take<std::int32_t>(kTileN)) {}
 };
 
-// A segment of one head: the unit of work. Its keys' sums of dk, dv and dbias over its rows are partial: other
-// segments see the same keys.
+// A segment of one head: the unit of work. Its keys' sums of dk, dv and dbias over its rows are partial:
+// other segments see the same keys.
 struct SegmentItem {
   std::int64_t head_index;
   const Segment* segment;
   std::int64_t partial_begin;  // in elements of the arithmetic type
 };
 
-// Where a segment's partial sums lie: [keys of the list][width], dk then dv, and after them dbias [keys of the list].
+// Where a segment's partial sums lie: [keys of the list][width], dk then dv, and after them dbias [keys of
+// the list].
 struct PartialShape {
   std::int64_t dk_width, dv_width;  // head_dim_padded, or 0 where the gradient is not wanted
   std::int64_t dbias_width;         // 1 or 0
 
   std::int64_t width() const { return dk_width + dv_width; }
-  std::int64_t elements(std::int64_t num_keys) const { return round_up(num_keys * (width() + dbias_width), kPanel); }
+  std::int64_t elements(std::int64_t num_keys) const {
+    return round_up(num_keys * (width() + dbias_width), kPanel);
+  }
 };
 
 struct BackwardProblem {
@@ -86,13 +90,13 @@ struct BackwardProblem {
   TileShape tile_shape;
   PartialShape partial_shape;
   Plans plans;
-  std::size_t scratch_bytes;       // of one worker
-  std::byte* scratch;              // [num_workers][scratch_bytes]
-  std::int64_t wave_elements;      // what the segments of one wave may take together
-  void* partial;                   // sums of the segments of one wave
-  SegmentItem* items;              // segments of one wave
-  void* dk_sum;                    // [total_k][heads_kv][head_dim_padded]; null: dk itself serves
-  void* dv_sum;                    // likewise
+  std::size_t scratch_bytes;   // of one worker
+  std::byte* scratch;          // [num_workers][scratch_bytes]
+  std::int64_t wave_elements;  // what the segments of one wave may take together
+  void* partial;               // sums of the segments of one wave
+  SegmentItem* items;          // segments of one wave
+  void* dk_sum;                // [total_k][heads_kv][head_dim_padded]; null: dk itself serves
+  void* dv_sum;                // likewise
 };
 
 }  // namespace flash_dmattn::cpu

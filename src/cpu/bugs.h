@@ -1,5 +1,5 @@
-// Known bugs that the test build can inject, to prove that the test-suite sees them. The release build compiles none
-// of this: there `injected` is a constant false.
+// Known bugs that the test build can inject, to prove that the test-suite sees them. The release build
+// compiles none of this: there `injected` is a constant false.
 #pragma once
 
 #include <atomic>
@@ -67,7 +67,9 @@ inline constexpr bool kBugHooks = FLASH_DMATTN_BUG_HOOKS != 0;
 
 #if FLASH_DMATTN_BUG_HOOKS
 inline std::atomic<int> injected_bug{0};
-inline bool injected(Bug bug) { return injected_bug.load(std::memory_order_relaxed) == static_cast<int>(bug); }
+inline bool injected(Bug bug) {
+  return injected_bug.load(std::memory_order_relaxed) == static_cast<int>(bug);
+}
 #else
 constexpr bool injected(Bug /*bug*/) { return false; }
 #endif

@@ -1,17 +1,18 @@
-// The forward pass on the CPU. A task is one query tile of one key/value head: the rows of a few positions and all
-// heads of the group, which share their keys. Per block of kTileN keys that the tile sees:
+// The forward pass on the CPU. A task is one query tile of one key/value head: the rows of a few positions
+// and all heads of the group, which share their keys. Per block of kTileN keys that the tile sees:
 //
 //   gather   keys and values of the block, packed in the arithmetic type
 //   scores   S^T = K Q^T, scaled, biased and masked on the way out of the registers
 //   softmax  the online softmax in units of log 2: running maximum and sum of each row
 //   output   O = O * rescale + P V
 //
-// A row that does not see a key gives it a weight of exactly 0, and the sums of a row run over its keys in ascending
-// order, so neither the tile nor the block that a row shares with others changes its bits.
+// A row that does not see a key gives it a weight of exactly 0, and the sums of a row run over its keys in
+// ascending order, so neither the tile nor the block that a row shares with others changes its bits.
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/forward.cpp"
-#include "cpu/targets.h"
+#include "cpu/forward.h"
+
 #include <hwy/foreach_target.h>  // must come before highway.h
 #include <hwy/highway.h>
 
@@ -22,7 +23,7 @@
 #include "core/parallel.h"
 #include "cpu/backend.h"
 #include "cpu/bugs.h"
-#include "cpu/forward.h"
+#include "cpu/targets.h"
 #include "cpu/tile-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -38,7 +39,8 @@ void start_tile(const ForwardProblem& problem, const QueryTile& tile, const Forw
 }
 
 template <class T>
-void gather(const ForwardProblem& problem, const QueryTile& tile, const ForwardScratch<T>& scratch, int num_keys) {
+void gather(const ForwardProblem& problem, const QueryTile& tile, const ForwardScratch<T>& scratch,
+            int num_keys) {
   const std::int64_t head_dim = problem.layout.head_dim;
   const std::int64_t kv_head =
       injected(Bug::kWrongHead) ? (tile.kv_head + 1) % problem.layout.heads_kv : tile.kv_head;
@@ -71,7 +73,8 @@ void score_panel(const TileShape& shape, const ForwardScratch<T>& scratch, std::
   for (int v = 0; v < kVecs<T>; ++v) largest[v] = hn::Set(d, -std::numeric_limits<T>::infinity());
   for (int n0 = 0; n0 < num_keys; n0 += kTileM<T>) {
     Vec<T> acc[kTileM<T>][kVecs<T>];
-    multiply<Lhs::kRowMajor>(scratch.keys + n0 * shape.head_dim, shape.head_dim, q_panel, shape.head_dim, acc);
+    multiply<Lhs::kRowMajor>(scratch.keys + n0 * shape.head_dim, shape.head_dim, q_panel, shape.head_dim,
+                             acc);
     // The last register tile may reach past num_keys, where the gathered keys are those of an earlier block.
     const int valid = HWY_MIN(kTileM<T>, num_keys - n0);
     T* HWY_RESTRICT row = scratch.scores + n0 * shape.score_stride + panel * kPanel;
@@ -93,8 +96,8 @@ void score_panel(const TileShape& shape, const ForwardScratch<T>& scratch, std::
 
 // Turns the logits of 16 rows into weights relative to the rows' running maximum.
 template <class T>
-void softmax_panel(const ForwardScratch<T>& scratch, std::int64_t panel, std::int64_t score_stride, int num_keys,
-                   const T* HWY_RESTRICT block_max) {
+void softmax_panel(const ForwardScratch<T>& scratch, std::int64_t panel, std::int64_t score_stride,
+                   int num_keys, const T* HWY_RESTRICT block_max) {
   constexpr Tag<T> d;
   const Vec<T> minus_infinity = hn::Set(d, -std::numeric_limits<T>::infinity());
   for (int v = 0; v < kVecs<T>; ++v) {

@@ -11,8 +11,8 @@
 
 namespace flash_dmattn::cpu {
 
-// A worker's memory for one query tile. T is the arithmetic type. A score tile is stored keys by rows: the rows lie
-// along the vector lanes, so that the softmax over keys needs no horizontal operation.
+// A worker's memory for one query tile. T is the arithmetic type. A score tile is stored keys by rows: the
+// rows lie along the vector lanes, so that the softmax over keys needs no horizontal operation.
 template <class T>
 struct ForwardScratch {
   T* q_panels;             // [rows_padded / kPanel][head_dim][kPanel], the transposed query tile

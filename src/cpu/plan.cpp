@@ -16,7 +16,8 @@ std::int64_t segment_length(const PlanShape& shape, std::int64_t at_least) {
   return round_up(std::max(kMinSegment, at_least), shape.tile_positions);
 }
 
-// First row after the segment of `length` positions that begins with `row_begin`; boundaries are tile boundaries.
+// First row after the segment of `length` positions that begins with `row_begin`; boundaries are tile
+// boundaries.
 std::int64_t segment_end(const PlanShape& shape, std::int64_t row_begin, std::int64_t length) {
   const std::int64_t first_tile = (row_begin + shape.offset()) / shape.tile_positions * shape.tile_positions;
   return std::min(first_tile + length - shape.offset(), shape.seqlen_q);
@@ -24,7 +25,8 @@ std::int64_t segment_end(const PlanShape& shape, std::int64_t row_begin, std::in
 
 Plan build_ranges(const PlanShape& shape, Segment* segments) {
   Plan plan{.segments = segments};
-  const std::int64_t length = segment_length(shape, (shape.seqlen_q + kMaxRangeSegments - 1) / kMaxRangeSegments);
+  const std::int64_t length =
+      segment_length(shape, (shape.seqlen_q + kMaxRangeSegments - 1) / kMaxRangeSegments);
   for (std::int64_t row = 0; row < shape.seqlen_q;) {
     const std::int64_t end = segment_end(shape, row, length);
     segments[plan.num_segments++] = {row, end, 0, shape.causal ? end + shape.offset() : shape.seqlen_k};
@@ -50,8 +52,9 @@ Plan build_shared_list(const PlanShape& shape, VectorView<const std::int32_t> ex
   return plan;
 }
 
-// A segment's list holds the keys alive at its start, at most as many as it has positions, and its births. Only the
-// first segment, which alignment may cut short, and the last may have more keys than that: three entries per key in all.
+// A segment's list holds the keys alive at its start, at most as many as it has positions, and its births.
+// Only the first segment, which alignment may cut short, and the last may have more keys than that: three
+// entries per key in all.
 std::int64_t entries_per_key(bool causal, bool has_expiry) {
   return has_expiry ? (causal ? kMaxEntriesPerKey : 1) : 0;
 }
@@ -74,10 +77,12 @@ std::int64_t PlanShape::tile_row_begin(std::int64_t tile) const {
 
 const Segment& Plan::segment_of_row(std::int64_t row) const {
   const Segment* end = segments + num_segments;
-  return *std::partition_point(segments, end, [row](const Segment& segment) { return segment.row_end <= row; });
+  return *std::partition_point(segments, end,
+                               [row](const Segment& segment) { return segment.row_end <= row; });
 }
 
-Plan build_plan(const PlanShape& shape, VectorView<const std::int32_t> expiry, PlanEntry* entries, Segment* segments) {
+Plan build_plan(const PlanShape& shape, VectorView<const std::int32_t> expiry, PlanEntry* entries,
+                Segment* segments) {
   if (!shape.has_expiry) return build_ranges(shape, segments);
   if (!shape.causal) return build_shared_list(shape, expiry, entries, segments);
 
@@ -119,7 +124,8 @@ TileKeys::TileKeys(const Plan& plan, const Segment& segment, const PlanShape& sh
       causal_(shape.causal) {}
 
 template <class T>
-int TileKeys::next(VectorView<const T> bias, int capacity, PlanEntry* entries, std::int32_t* places, bool* partial) {
+int TileKeys::next(VectorView<const T> bias, int capacity, PlanEntry* entries, std::int32_t* places,
+                   bool* partial) {
   *partial = false;
   int count = 0;
   for (; place_ < end_ && count < capacity; ++place_) {
@@ -179,8 +185,8 @@ void Plans::build(const TensorView& expiry, const ParallelFor& parallel_for) {
     PlanEntry* entries = entries_ + per_key * (keys_before * layout_.heads_kv + head * sequence.seqlen_k);
     Segment* segments = segments_ + (rows_before / kMinSegment + 2 * index) * layout_.heads_kv +
                         head * segments_per_head(sequence.seqlen_q);
-    plans_[head_index] =
-        build_plan(shape(sequence), layout_.per_key<const std::int32_t>(expiry, sequence, head), entries, segments);
+    plans_[head_index] = build_plan(
+        shape(sequence), layout_.per_key<const std::int32_t>(expiry, sequence, head), entries, segments);
   });
 }
 

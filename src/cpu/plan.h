@@ -1,12 +1,13 @@
 // The plan: which keys the query tiles of each (sequence, key/value head) read.
 //
-// The positions are cut into segments. A segment lists the keys that some position of it sees, in ascending order:
-// those alive at its first position, then those born in it. A query tile walks its segment's list and takes the keys
-// whose interval [key, expiry) meets its own positions. What precedes a key in that walk depends on no later token, so
-// a row is summed in an order that later tokens cannot change.
+// The positions are cut into segments. A segment lists the keys that some position of it sees, in ascending
+// order: those alive at its first position, then those born in it. A query tile walks its segment's list and
+// takes the keys whose interval [key, expiry) meets its own positions. What precedes a key in that walk
+// depends on no later token, so a row is summed in an order that later tokens cannot change.
 //
-// A segment is at least as long as the list of keys alive at its start, so the lists of one head together hold at most
-// three entries per key, whatever the window. Without an expiry there are no lists: a segment reads a range of keys.
+// A segment is at least as long as the list of keys alive at its start, so the lists of one head together
+// hold at most three entries per key, whatever the window. Without an expiry there are no lists: a segment
+// reads a range of keys.
 #pragma once
 
 #include <cstddef>
@@ -36,7 +37,8 @@ struct PlanShape {
   bool causal;
   bool has_expiry;
 
-  // Row i of a causal call stands at position i + offset; otherwise positions play no part and rows count from 0.
+  // Row i of a causal call stands at position i + offset; otherwise positions play no part and rows count
+  // from 0.
   std::int64_t offset() const { return causal ? seqlen_k - seqlen_q : 0; }
 
   // Tiles stand at absolute positions that are multiples of tile_positions, so the first may be cut short.
@@ -61,8 +63,8 @@ class TileKeys {
            std::int64_t row_end);
 
   // Fills at most `capacity` entries and their places in the segment's list, counted from its beginning. Sets
-  // *partial if some of the tile's rows do not see one of them. Returns their number; 0 when the tile has no more.
-  // A bias of -inf disables its key, whatever its expiry.
+  // *partial if some of the tile's rows do not see one of them. Returns their number; 0 when the tile has no
+  // more. A bias of -inf disables its key, whatever its expiry.
   template <class T>
   int next(VectorView<const T> bias, int capacity, PlanEntry* entries, std::int32_t* places, bool* partial);
 
@@ -108,6 +110,7 @@ class Plans {
 };
 
 // The plan of one head, written to entries and segments.
-Plan build_plan(const PlanShape& shape, VectorView<const std::int32_t> expiry, PlanEntry* entries, Segment* segments);
+Plan build_plan(const PlanShape& shape, VectorView<const std::int32_t> expiry, PlanEntry* entries,
+                Segment* segments);
 
 }  // namespace flash_dmattn::cpu

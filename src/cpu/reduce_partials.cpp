@@ -23,26 +23,30 @@ template <class Task>
 void for_each_chunk(const BackwardProblem& problem, std::int64_t head_begin, std::int64_t head_end,
                     const ParallelFor& parallel_for, const Task& task) {
   const std::int64_t chunks_per_head = (problem.layout.max_seqlen_k + kChunk - 1) / kChunk;
-  for_each_task(parallel_for, (head_end - head_begin) * chunks_per_head, [&](std::int64_t index, int /*worker*/) {
-    Chunk chunk;
-    chunk.head_index = head_begin + index / chunks_per_head;
-    chunk.sequence_index = chunk.head_index / problem.layout.heads_kv;
-    chunk.head = chunk.head_index % problem.layout.heads_kv;
-    chunk.sequence = problem.layout.sequence(chunk.sequence_index);
-    chunk.key_begin = std::min(index % chunks_per_head * kChunk, chunk.sequence.seqlen_k);
-    chunk.key_end = std::min(chunk.key_begin + kChunk, chunk.sequence.seqlen_k);
-    task(chunk);
-  });
+  for_each_task(parallel_for, (head_end - head_begin) * chunks_per_head,
+                [&](std::int64_t index, int /*worker*/) {
+                  Chunk chunk;
+                  chunk.head_index = head_begin + index / chunks_per_head;
+                  chunk.sequence_index = chunk.head_index / problem.layout.heads_kv;
+                  chunk.head = chunk.head_index % problem.layout.heads_kv;
+                  chunk.sequence = problem.layout.sequence(chunk.sequence_index);
+                  chunk.key_begin = std::min(index % chunks_per_head * kChunk, chunk.sequence.seqlen_k);
+                  chunk.key_end = std::min(chunk.key_begin + kChunk, chunk.sequence.seqlen_k);
+                  task(chunk);
+                });
 }
 
 // Rows of one head's sums: in `sum` if there is one, otherwise in the gradient itself.
 template <class T>
-MatrixView<T> sums_of(const BackwardProblem& problem, const Chunk& chunk, void* sum, const TensorView& gradient) {
+MatrixView<T> sums_of(const BackwardProblem& problem, const Chunk& chunk, void* sum,
+                      const TensorView& gradient) {
   if (sum == nullptr) return problem.layout.k_rows<T>(gradient, chunk.sequence, chunk.head);
   const Layout& layout = problem.layout;
   const std::int64_t width = problem.tile_shape.head_dim_padded;
-  const std::int64_t first_key = layout.packed ? chunk.sequence.begin_k : chunk.sequence_index * layout.max_seqlen_k;
-  return {static_cast<T*>(sum) + (first_key * layout.heads_kv + chunk.head) * width, layout.heads_kv * width, 1};
+  const std::int64_t first_key =
+      layout.packed ? chunk.sequence.begin_k : chunk.sequence_index * layout.max_seqlen_k;
+  return {static_cast<T*>(sum) + (first_key * layout.heads_kv + chunk.head) * width, layout.heads_kv * width,
+          1};
 }
 
 template <class T>
@@ -57,7 +61,8 @@ struct KeySums {
 };
 
 template <class T>
-void add_row(const BackwardProblem& problem, const KeySums<T>& sums, std::int64_t key, const T* partial, T dbias) {
+void add_row(const BackwardProblem& problem, const KeySums<T>& sums, std::int64_t key, const T* partial,
+             T dbias) {
   const std::int64_t head_dim = problem.layout.head_dim;
   if (sums.dk.present()) {
     const T scale = static_cast<T>(problem.args.scale * (injected(Bug::kDkScaleOff) ? 1.01 : 1.0));
@@ -74,7 +79,8 @@ void add_row(const BackwardProblem& problem, const KeySums<T>& sums, std::int64_
 
 // Adds what one segment found for the keys of a chunk.
 template <class T>
-void add_segment(const BackwardProblem& problem, const SegmentItem& item, const Chunk& chunk, const KeySums<T>& sums) {
+void add_segment(const BackwardProblem& problem, const SegmentItem& item, const Chunk& chunk,
+                 const KeySums<T>& sums) {
   const Segment& segment = *item.segment;
   const PlanEntry* entries = problem.plans[item.head_index].entries;
   const T* partial = static_cast<const T*>(problem.partial) + item.partial_begin;
@@ -121,7 +127,9 @@ void add_partials(const BackwardProblem& problem, std::int64_t num_items, const 
   const SegmentItem* end = begin + num_items;
   for_each_chunk(problem, begin->head_index, end[-1].head_index + 1, parallel_for, [&](const Chunk& chunk) {
     const KeySums<T> sums(problem, chunk);
-    const auto before = [](const SegmentItem& item, std::int64_t head_index) { return item.head_index < head_index; };
+    const auto before = [](const SegmentItem& item, std::int64_t head_index) {
+      return item.head_index < head_index;
+    };
     for (const SegmentItem* item = std::lower_bound(begin, end, chunk.head_index, before);
          item != end && item->head_index == chunk.head_index; ++item) {
       add_segment(problem, *item, chunk, sums);
@@ -148,9 +156,9 @@ void store_key_sums(const BackwardProblem& problem, const ParallelFor& parallel_
   });
 }
 
-#define FLASH_DMATTN_INSTANTIATE(T)                                                          \
-  template void clear_key_sums<T>(const BackwardProblem&, const ParallelFor&);               \
-  template void add_partials<T>(const BackwardProblem&, std::int64_t, const ParallelFor&);   \
+#define FLASH_DMATTN_INSTANTIATE(T)                                                        \
+  template void clear_key_sums<T>(const BackwardProblem&, const ParallelFor&);             \
+  template void add_partials<T>(const BackwardProblem&, std::int64_t, const ParallelFor&); \
   template void store_key_sums<T>(const BackwardProblem&, const ParallelFor&);
 FLASH_DMATTN_INSTANTIATE(float)
 FLASH_DMATTN_INSTANTIATE(double)

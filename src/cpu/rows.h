@@ -25,20 +25,31 @@ struct Rows {
 template <class T>
 T load_element(const void* src, DType dtype) {
   switch (dtype) {
-    case DType::kFloat64: return static_cast<T>(*static_cast<const double*>(src));
-    case DType::kBFloat16: return bfloat16_to_float(*static_cast<const std::uint16_t*>(src));
-    case DType::kFloat16: return float16_to_float(*static_cast<const std::uint16_t*>(src));
-    default: return *static_cast<const float*>(src);
+    case DType::kFloat64:
+      return static_cast<T>(*static_cast<const double*>(src));
+    case DType::kBFloat16:
+      return bfloat16_to_float(*static_cast<const std::uint16_t*>(src));
+    case DType::kFloat16:
+      return float16_to_float(*static_cast<const std::uint16_t*>(src));
+    default:
+      return *static_cast<const float*>(src);
   }
 }
 
 template <class T>
 void store_element(T value, DType dtype, void* dst) {
   switch (dtype) {
-    case DType::kFloat64: *static_cast<double*>(dst) = value; break;
-    case DType::kBFloat16: *static_cast<std::uint16_t*>(dst) = float_to_bfloat16(static_cast<float>(value)); break;
-    case DType::kFloat16: *static_cast<std::uint16_t*>(dst) = float_to_float16(static_cast<float>(value)); break;
-    default: *static_cast<float*>(dst) = static_cast<float>(value);
+    case DType::kFloat64:
+      *static_cast<double*>(dst) = value;
+      break;
+    case DType::kBFloat16:
+      *static_cast<std::uint16_t*>(dst) = float_to_bfloat16(static_cast<float>(value));
+      break;
+    case DType::kFloat16:
+      *static_cast<std::uint16_t*>(dst) = float_to_float16(static_cast<float>(value));
+      break;
+    default:
+      *static_cast<float*>(dst) = static_cast<float>(value);
   }
 }
 
@@ -46,22 +57,31 @@ void store_element(T value, DType dtype, void* dst) {
 template <class T>
 Rows erase_type(const MatrixView<T>& matrix, DType dtype) {
   constexpr std::int64_t kBytes = sizeof(T);
-  return {reinterpret_cast<std::byte*>(matrix.data), matrix.row_stride * kBytes, matrix.column_stride * kBytes, dtype};
+  return {reinterpret_cast<std::byte*>(matrix.data), matrix.row_stride * kBytes,
+          matrix.column_stride * kBytes, dtype};
 }
 
-inline Rows query_rows(const Layout& layout, const TensorView& tensor, const Sequence& sequence, std::int64_t head) {
+inline Rows query_rows(const Layout& layout, const TensorView& tensor, const Sequence& sequence,
+                       std::int64_t head) {
   switch (dtype_size(tensor.dtype)) {
-    case 8: return erase_type(layout.q_rows<double>(tensor, sequence, head), tensor.dtype);
-    case 4: return erase_type(layout.q_rows<float>(tensor, sequence, head), tensor.dtype);
-    default: return erase_type(layout.q_rows<std::uint16_t>(tensor, sequence, head), tensor.dtype);
+    case 8:
+      return erase_type(layout.q_rows<double>(tensor, sequence, head), tensor.dtype);
+    case 4:
+      return erase_type(layout.q_rows<float>(tensor, sequence, head), tensor.dtype);
+    default:
+      return erase_type(layout.q_rows<std::uint16_t>(tensor, sequence, head), tensor.dtype);
   }
 }
 
-inline Rows key_rows(const Layout& layout, const TensorView& tensor, const Sequence& sequence, std::int64_t head) {
+inline Rows key_rows(const Layout& layout, const TensorView& tensor, const Sequence& sequence,
+                     std::int64_t head) {
   switch (dtype_size(tensor.dtype)) {
-    case 8: return erase_type(layout.k_rows<double>(tensor, sequence, head), tensor.dtype);
-    case 4: return erase_type(layout.k_rows<float>(tensor, sequence, head), tensor.dtype);
-    default: return erase_type(layout.k_rows<std::uint16_t>(tensor, sequence, head), tensor.dtype);
+    case 8:
+      return erase_type(layout.k_rows<double>(tensor, sequence, head), tensor.dtype);
+    case 4:
+      return erase_type(layout.k_rows<float>(tensor, sequence, head), tensor.dtype);
+    default:
+      return erase_type(layout.k_rows<std::uint16_t>(tensor, sequence, head), tensor.dtype);
   }
 }
 

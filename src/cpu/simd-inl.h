@@ -1,8 +1,9 @@
-// The vector pieces of the CPU kernels, compiled once per instruction set: register-tiled products, exp2, and rows in
-// and out of packed tiles.
+// The vector pieces of the CPU kernels, compiled once per instruction set: register-tiled products, exp2, and
+// rows in and out of packed tiles.
 //
-// T is the arithmetic type, float or double. A panel is kPanel columns of a matrix, stored [depth][kPanel]: the layout
-// in which the right-hand side of a product is read. kTileM rows times one panel fill the register file.
+// T is the arithmetic type, float or double. A panel is kPanel columns of a matrix, stored [depth][kPanel]:
+// the layout in which the right-hand side of a product is read. kTileM rows times one panel fill the register
+// file.
 
 #if defined(FLASH_DMATTN_CPU_SIMD_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FLASH_DMATTN_CPU_SIMD_INL_H_
@@ -11,12 +12,12 @@
 #define FLASH_DMATTN_CPU_SIMD_INL_H_
 #endif
 
+#include <hwy/cache_control.h>
+#include <hwy/highway.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <limits>
-
-#include <hwy/cache_control.h>
-#include <hwy/highway.h>
 
 #include "core/numeric.h"
 #include "cpu/config.h"
@@ -40,8 +41,8 @@ inline constexpr int kLanes = HWY_MIN(HWY_LANES(T), kPanel);
 template <class T>
 inline constexpr int kVecs = kPanel / kLanes<T>;
 
-// Accumulators take 12 of 16 vector registers (SSE, AVX2) or 24 of 32 (AVX-512, NEON), and 12 rows suffice to hide the
-// latency of the multiply-add.
+// Accumulators take 12 of 16 vector registers (SSE, AVX2) or 24 of 32 (AVX-512, NEON), and 12 rows suffice to
+// hide the latency of the multiply-add.
 inline constexpr int kAccumulators = (HWY_TARGET == HWY_AVX3 || HWY_ARCH_ARM) ? 24 : 12;
 template <class T>
 inline constexpr int kTileM = HWY_MAX(1, HWY_MIN(12, kAccumulators / kVecs<T>));
@@ -52,8 +53,8 @@ enum class Lhs { kRowMajor, kColMajor };
 
 // acc[m][:] = sum over k of a(m, k) * panel[k][:], m < kTileM, summed in the order of k in every lane.
 template <Lhs kLhs, class T>
-HWY_INLINE void multiply(const T* HWY_RESTRICT a, std::size_t lda, const T* HWY_RESTRICT panel, std::size_t depth,
-                         Vec<T> (&acc)[kTileM<T>][kVecs<T>]) {
+HWY_INLINE void multiply(const T* HWY_RESTRICT a, std::size_t lda, const T* HWY_RESTRICT panel,
+                         std::size_t depth, Vec<T> (&acc)[kTileM<T>][kVecs<T>]) {
   constexpr Tag<T> d;
 #pragma GCC unroll 16
   for (int m = 0; m < kTileM<T>; ++m) {
@@ -75,8 +76,8 @@ HWY_INLINE void multiply(const T* HWY_RESTRICT a, std::size_t lda, const T* HWY_
 
 // c_rows[m][0 .. kPanel) += a(m, :) * panel
 template <Lhs kLhs, class T>
-HWY_INLINE void multiply_add(const T* HWY_RESTRICT a, std::size_t lda, const T* HWY_RESTRICT panel, std::size_t depth,
-                             T* const* c_rows, std::size_t column) {
+HWY_INLINE void multiply_add(const T* HWY_RESTRICT a, std::size_t lda, const T* HWY_RESTRICT panel,
+                             std::size_t depth, T* const* c_rows, std::size_t column) {
   constexpr Tag<T> d;
   Vec<T> acc[kTileM<T>][kVecs<T>];
   multiply<kLhs>(a, lda, panel, depth, acc);
@@ -101,8 +102,9 @@ HWY_INLINE Vec<T> pow2_of_whole(Vec<T> n) {
   return hn::BitCast(d, hn::ShiftLeft<kMantissa>(exponent));
 }
 
-// 2^x for x <= 0 (a little above is fine). 2^0 is exactly 1, -inf gives 0, NaN stays NaN; results below the smallest
-// normal number become 0. Relative error: float 1.6e-7 (measured over the whole range), double 3e-16.
+// 2^x for x <= 0 (a little above is fine). 2^0 is exactly 1, -inf gives 0, NaN stays NaN; results below the
+// smallest normal number become 0. Relative error: float 1.6e-7 (measured over the whole range), double
+// 3e-16.
 template <class T>
 HWY_INLINE Vec<T> exp2_nonpositive(Vec<T> x) {
   constexpr Tag<T> d;
@@ -125,9 +127,20 @@ HWY_INLINE Vec<T> exp2_nonpositive(Vec<T> x) {
     // Taylor series of exp(f ln 2): the first term left out is 4e-18.
     constexpr double kLn2 = 0.693147180559945309417;
     const Vec<T> y = hn::Mul(f, hn::Set(d, T(kLn2)));
-    constexpr double kInverseFactorial[] = {1.0,           1.0,           1.0 / 2,         1.0 / 6,         1.0 / 24,
-                                            1.0 / 120,     1.0 / 720,     1.0 / 5040,      1.0 / 40320,     1.0 / 362880,
-                                            1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+    constexpr double kInverseFactorial[] = {1.0,
+                                            1.0,
+                                            1.0 / 2,
+                                            1.0 / 6,
+                                            1.0 / 24,
+                                            1.0 / 120,
+                                            1.0 / 720,
+                                            1.0 / 5040,
+                                            1.0 / 40320,
+                                            1.0 / 362880,
+                                            1.0 / 3628800,
+                                            1.0 / 39916800,
+                                            1.0 / 479001600,
+                                            1.0 / 6227020800};
     p = hn::Set(d, T(kInverseFactorial[13]));
     for (int term = 12; term >= 0; --term) p = hn::MulAdd(p, y, hn::Set(d, T(kInverseFactorial[term])));
   }
@@ -182,13 +195,15 @@ HWY_INLINE void load_row(const Rows& rows, std::int64_t index, std::size_t count
 
 // One row of a matrix in the arithmetic type: in place if possible, otherwise in `buffer`.
 template <class T>
-HWY_INLINE const T* read_row(const Rows& rows, std::int64_t index, std::size_t count, T* HWY_RESTRICT buffer) {
+HWY_INLINE const T* read_row(const Rows& rows, std::int64_t index, std::size_t count,
+                             T* HWY_RESTRICT buffer) {
   if (holds<T>(rows)) return reinterpret_cast<const T*>(rows.row(index));
   load_row(rows, index, count, buffer);
   return buffer;
 }
 
-// Asks for a row that is about to be gathered: gathered rows lie anywhere, so the hardware cannot foresee them.
+// Asks for a row that is about to be gathered: gathered rows lie anywhere, so the hardware cannot foresee
+// them.
 HWY_INLINE void prefetch_row(const Rows& rows, std::int64_t index, std::size_t count) {
   constexpr std::size_t kCacheLine = 64;
   if (!rows.unit_stride()) return;
@@ -217,11 +232,11 @@ HWY_INLINE void store_row(const T* HWY_RESTRICT src, T factor, std::size_t count
   }
 }
 
-// Copies the first `count` of a row's `width` values into the panels that cover the row, and 0 after them: panel p
-// holds the values [p * kPanel, ...), at panels + p * panel_stride + row * kPanel.
+// Copies the first `count` of a row's `width` values into the panels that cover the row, and 0 after them:
+// panel p holds the values [p * kPanel, ...), at panels + p * panel_stride + row * kPanel.
 template <class T>
-HWY_INLINE void scatter_to_panels(const T* HWY_RESTRICT values, std::size_t count, std::size_t width, std::size_t row,
-                                  std::size_t panel_stride, T* HWY_RESTRICT panels) {
+HWY_INLINE void scatter_to_panels(const T* HWY_RESTRICT values, std::size_t count, std::size_t width,
+                                  std::size_t row, std::size_t panel_stride, T* HWY_RESTRICT panels) {
   constexpr Tag<T> d;
   T* dst = panels + row * kPanel;
   std::size_t i = 0;

@@ -1,6 +1,6 @@
-// The instruction sets that the kernels are compiled for: AVX-512, AVX2, NEON, and what the compiler may assume
-// anywhere. Those left out gain little over one of these and would each add to the time of compilation; the scalable
-// ones have no vector length at compile time, which register tiles need.
+// The instruction sets that the kernels are compiled for: AVX-512, AVX2, NEON, and what the compiler may
+// assume anywhere. Those left out gain little over one of these and would each add to the time of
+// compilation; the scalable ones have no vector length at compile time, which register tiles need.
 //
 // Include before <hwy/foreach_target.h>.
 #pragma once

@@ -1,4 +1,5 @@
-// What the two passes do alike with a query tile: load its rows, and compute logits of the keys that it gathered.
+// What the two passes do alike with a query tile: load its rows, and compute logits of the keys that it
+// gathered.
 
 #if defined(FLASH_DMATTN_CPU_TILE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FLASH_DMATTN_CPU_TILE_INL_H_
@@ -19,7 +20,8 @@ namespace flash_dmattn::cpu::HWY_NAMESPACE {
 
 // panels[row / kPanel][k][row % kPanel] = the tile's rows of `tensor`; padding rows are 0.
 template <class T>
-void load_transposed(const Layout& layout, const TensorView& tensor, const QueryTile& tile, T* row_buffer, T* panels) {
+void load_transposed(const Layout& layout, const TensorView& tensor, const QueryTile& tile, T* row_buffer,
+                     T* panels) {
   const std::int64_t head_dim = layout.head_dim;
   const std::int64_t panel_size = head_dim * kPanel;
   for (std::int64_t in_group = 0; in_group < tile.group; ++in_group) {

@@ -1,5 +1,5 @@
-// The query tile, which both passes work on: the rows of a few neighbouring positions and all heads of a group. They
-// share their keys, so a key that is gathered once serves them all.
+// The query tile, which both passes work on: the rows of a few neighbouring positions and all heads of a
+// group. They share their keys, so a key that is gathered once serves them all.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +13,9 @@ namespace flash_dmattn::cpu {
 // The sizes of a full tile.
 struct TileShape {
   std::int64_t positions;
-  std::int64_t rows;             // positions * group
-  std::int64_t rows_padded;      // a multiple of kPanel
-  std::int64_t score_stride;     // elements between two keys of a score tile [key][row]
+  std::int64_t rows;          // positions * group
+  std::int64_t rows_padded;   // a multiple of kPanel
+  std::int64_t score_stride;  // elements between two keys of a score tile [key][row]
   std::int64_t head_dim;
   std::int64_t head_dim_padded;  // a multiple of kPanel
 
@@ -24,8 +24,8 @@ struct TileShape {
     positions = std::clamp<std::int64_t>(group == 0 ? 1 : target_rows / group, 1, kMaxTilePositions);
     rows = positions * group;
     rows_padded = round_up(rows, kPanel);
-    // Register tiles read up to kMaxTileM rows past the end. An odd number of cache lines, so that walking from key
-    // to key meets every set of the cache.
+    // Register tiles read up to kMaxTileM rows past the end. An odd number of cache lines, so that walking
+    // from key to key meets every set of the cache.
     score_stride = rows_padded + kPanel;
     if (score_stride / kPanel % 2 == 0) score_stride += kPanel;
     head_dim = layout.head_dim;

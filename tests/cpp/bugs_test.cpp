@@ -1,9 +1,10 @@
 // Proof that green means something: with a known bug injected into the library, the comparisons of these
 // suites fail.
+#include "cpu/bugs.h"
+
 #include <cstdio>
 
 #include "attention_case.h"
-#include "cpu/bugs.h"
 
 namespace flash_dmattn::testing {
 namespace {
@@ -69,7 +70,8 @@ TEST(Bugs, AreCaught) {
     cpu::injected_bug.store(bug);
     const std::string message = verdict();
     const std::string first = message.substr(0, message.find(';'));
-    std::printf("%2d %-58s %s\n", bug, cpu::kBugNames[bug - 1], message.empty() ? "NOT CAUGHT" : first.c_str());
+    std::printf("%2d %-58s %s\n", bug, cpu::kBugNames[bug - 1],
+                message.empty() ? "NOT CAUGHT" : first.c_str());
     caught += !message.empty();
   }
   cpu::injected_bug.store(0);
