@@ -93,7 +93,7 @@ def parse_arguments() -> argparse.Namespace:
     measure.add_argument("--no-memory", action="store_true", help="leave the memory out")
     measure.add_argument("--out", type=Path, help="JSON file for the results")
     given = sys.argv[1:]
-    if given and given[0] not in commands.choices and given[0] not in ("-h", "--help"):
+    if not given or given[0] not in (*commands.choices, "-h", "--help"):
         given = ["run", *given]
     arguments = parser.parse_args(given)
     if arguments.command == "run" and arguments.rounds < MIN_ROUNDS:

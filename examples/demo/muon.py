@@ -1,7 +1,7 @@
 """The optimiser: Muon for the weight matrices of the blocks, Adam for everything else.
 
 Muon (Jordan et al. 2024) replaces the momentum of a matrix by its nearest semi-orthogonal matrix, by five
-steps of a Newton-Schulz iteration. After 500 steps of this model the held-out loss was 0.06 nats lower than
+steps of a Newton-Schulz iteration. After 640 steps of this model the held-out loss was 0.07 nats lower than
 with Adam; it takes a tenth of a step's time. torch.optim.Muon iterates in bfloat16, 20 times slower on a CPU
 without instructions for it; this one iterates in float32.
 """
