@@ -169,7 +169,8 @@ def introduce(corpus: Corpus, model: ByteModel, seqlen: int) -> None:
         f"{len(corpus.training):,} bytes; {corpus.held_out_files} held out, {len(corpus.held_out):,} bytes.\n"
         f"Model: {sum(p.numel() for p in model.parameters()):,} parameters; {config.layers} layers of "
         f"dynamic-mask attention, {config.heads} query heads on {config.heads_kv} key/value heads.\n"
-        f"Of {seqlen} bytes each query sees the {config.keep_window} of highest score before it.\nPyTorch {torch.__version__}, {torch.get_num_threads()} threads."
+        f"Of {seqlen} bytes each query sees the {config.keep_window} of highest score before it.\n"
+        f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads."
     )
 
 
