@@ -11,9 +11,10 @@
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/backward.cpp"
-#include "cpu/backward.h"
+#include "cpu/targets.h"
 
 #include <hwy/foreach_target.h>  // must come before highway.h
+
 #include <hwy/highway.h>
 
 #include <algorithm>
@@ -23,9 +24,9 @@
 
 #include "core/parallel.h"
 #include "cpu/backend.h"
+#include "cpu/backward.h"
 #include "cpu/bugs.h"
 #include "cpu/reduce_partials.h"
-#include "cpu/targets.h"
 #include "cpu/tile-inl.h"
 
 HWY_BEFORE_NAMESPACE();

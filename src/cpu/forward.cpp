@@ -11,9 +11,10 @@
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/forward.cpp"
-#include "cpu/forward.h"
+#include "cpu/targets.h"
 
 #include <hwy/foreach_target.h>  // must come before highway.h
+
 #include <hwy/highway.h>
 
 #include <cmath>
@@ -23,7 +24,7 @@
 #include "core/parallel.h"
 #include "cpu/backend.h"
 #include "cpu/bugs.h"
-#include "cpu/targets.h"
+#include "cpu/forward.h"
 #include "cpu/tile-inl.h"
 
 HWY_BEFORE_NAMESPACE();

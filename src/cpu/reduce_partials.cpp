@@ -156,12 +156,11 @@ void store_key_sums(const BackwardProblem& problem, const ParallelFor& parallel_
   });
 }
 
-#define FLASH_DMATTN_INSTANTIATE(T)                                                        \
-  template void clear_key_sums<T>(const BackwardProblem&, const ParallelFor&);             \
-  template void add_partials<T>(const BackwardProblem&, std::int64_t, const ParallelFor&); \
-  template void store_key_sums<T>(const BackwardProblem&, const ParallelFor&);
-FLASH_DMATTN_INSTANTIATE(float)
-FLASH_DMATTN_INSTANTIATE(double)
-#undef FLASH_DMATTN_INSTANTIATE
+template void clear_key_sums<float>(const BackwardProblem&, const ParallelFor&);
+template void clear_key_sums<double>(const BackwardProblem&, const ParallelFor&);
+template void add_partials<float>(const BackwardProblem&, std::int64_t, const ParallelFor&);
+template void add_partials<double>(const BackwardProblem&, std::int64_t, const ParallelFor&);
+template void store_key_sums<float>(const BackwardProblem&, const ParallelFor&);
+template void store_key_sums<double>(const BackwardProblem&, const ParallelFor&);
 
 }  // namespace flash_dmattn::cpu

@@ -1,12 +1,13 @@
 // What must not change a single bit: the number of workers, what a workspace held before, what stands beside
 // a sequence in its batch, what comes after a row. And every instruction set must meet the oracle.
+#include "cpu/targets.h"  // before Highway, which then knows what the library was compiled for
+
 #include <hwy/highway.h>
 
 #include <algorithm>
 #include <cstdio>
 
 #include "attention_case.h"
-#include "cpu/targets.h"  // before Highway, which then knows what the library was compiled for
 
 namespace flash_dmattn::testing {
 namespace {
