@@ -179,7 +179,7 @@ def _problem(
         keep_window_size = check_count(function, "keep_window_size", keep_window_size, minimum=1)
         score = _score_of_enabled_keys(score, bias, mask)
     else:
-        expiry = forms.hide_disabled(expiry, bias, mask)
+        expiry = forms.hide_masked(expiry, mask)
     if bias is not None:
         bias = forms.expand(bias.to(accumulate))
     return Problem(

@@ -7,7 +7,6 @@ dense: the query heads of a group may differ.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NoReturn
 
 import torch
@@ -72,18 +71,13 @@ class KeyForms:
             self._refuse_shape("expiry", expiry)
         return expiry
 
-    def hide_disabled(self, expiry: Tensor | None, bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
-        """Folds the keys that a key-only bias of -inf or mask disables into expiry: 0 for them, for others
-        what it was, or never evicted. K and V of a disabled key may then hold anything."""
-        enabled = mask
-        if bias is not None:
-            finite = bias.detach() != -math.inf
-            enabled = finite if mask is None else finite & mask
-        if enabled is None:
+    def hide_masked(self, expiry: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """Folds a key-only mask into expiry: 0 for a masked key, for others what it was, or never evicted."""
+        if mask is None:
             return None if expiry is None else self.expand(expiry)
         if expiry is None:  # packed: total_k is beyond the end of every sequence
-            return self.expand(enabled.to(torch.int32) * self.seqlen_k)
-        return self.expand(expiry).masked_fill(~enabled, 0)
+            return self.expand(mask.to(torch.int32) * self.seqlen_k)
+        return self.expand(expiry).masked_fill(~mask, 0)
 
     def expand(self, tensor: Tensor) -> Tensor:
         return tensor if tensor.shape == self.sizes else tensor.expand(self.sizes)
