@@ -35,7 +35,7 @@ EVALUATION_WINDOWS = 32
 EVALUATIONS = 6  # while training, the last one at its end
 WARMUP_STEPS = 20
 DECAY = 0.6  # share of the training at its end in which the learning rate falls to 0
-SAMPLE_PROMPT = "import os\n\n\nclass "
+SAMPLE_PROMPT = "import os\nimport sys\n\n\ndef "
 
 
 @dataclass
@@ -188,7 +188,7 @@ def show_results(
     print(f"Wrote loss.png, heads.png and checkpoint.pt to {arguments.out}.\n\nA sample:\n")
     prompt = torch.tensor([START, *SAMPLE_PROMPT.encode()])
     generator = torch.Generator().manual_seed(arguments.seed)
-    sample = run.model.generate(prompt, 400, context=512, temperature=0.6, generator=generator)
+    sample = run.model.generate(prompt, 400, context=512, temperature=0.7, generator=generator)
     print(report.readable(sample[1:]), "\n")
     for seqlen in (arguments.seq_len, 4 * arguments.seq_len):
         print(report.time_attention(run.model.config, seqlen))
