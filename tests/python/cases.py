@@ -1,7 +1,7 @@
 """What a call is tested on: a Case is a line of numbers that reproduces itself, a Problem its tensors.
 
-`make(case)` draws the tensors on the CPU from the case's seed alone, so that a case means the same bits on every
-device. A failing check prints the case's repr; `judge.py` runs it again.
+`make(case)` draws the tensors on the CPU from the case's seed alone, so that a case means the same bits on
+every device. A failing check prints the case's repr; `judge.py` runs it again.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -62,7 +62,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Problem:
-    """The tensors of one call. score None: the selection is `fixed_expiry`, or plain attention if that is None too."""
+    """The tensors of one call. score None: the selection is `fixed_expiry`, or plain attention if that is
+    None too."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -95,7 +96,11 @@ class Problem:
         if self.score is None:
             return None if self.fixed_expiry is None else self.fixed_expiry.cpu()
         return ranking.expiry(
-            self.ranked_score(), self.keep_window, self.causal, self.num_sinks, self.local_window,
+            self.ranked_score(),
+            self.keep_window,
+            self.causal,
+            self.num_sinks,
+            self.local_window,
             None if self.cu_seqlens_k is None else self.cu_seqlens_k.cpu(),
         )
 
@@ -134,12 +139,10 @@ SCORES = {
     "equal": lambda shape, g: torch.full(shape, 0.25, dtype=torch.float64),
     "two_values": lambda shape, g: torch.where(_uniform(shape, g) < 0.5, 1.0, -1.0).double(),
     "quantised": lambda shape, g: (4 * _normal(shape, g)).round() / 4,
-    "rising": lambda shape, g: torch.linspace(-1, 1, max(shape[-1], 1), dtype=torch.float64)[: shape[-1]]
-    .expand(shape)
-    .clone(),
-    "falling": lambda shape, g: torch.linspace(1, -1, max(shape[-1], 1), dtype=torch.float64)[: shape[-1]]
-    .expand(shape)
-    .clone(),
+    "rising": lambda shape, g: torch.arange(shape[-1]).double().div(max(1, shape[-1])).expand(shape).clone(),
+    "falling": lambda shape, g: (
+        torch.arange(shape[-1]).double().div(-max(1, shape[-1])).expand(shape).clone()
+    ),
     "signed_zero": lambda shape, g: torch.where(_uniform(shape, g) < 0.5, 0.0, -0.0).double(),
     "minus_inf": lambda shape, g: _sprinkled(shape, g, -torch.inf),
     "nan": lambda shape, g: _sprinkled(shape, g, torch.nan),
@@ -185,10 +188,23 @@ def make(case: Case) -> Problem:
         bias = score if score.dtype == accumulation(dtype) else score.to(accumulation(dtype))
     cu = [None, None]
     if packed:
-        cu = [torch.tensor([0, *accumulate(n[side] for n in case.lengths)], dtype=torch.int32) for side in (0, 1)]
+        cu = [
+            torch.tensor([0, *accumulate(n[side] for n in case.lengths)], dtype=torch.int32)
+            for side in (0, 1)
+        ]
     return Problem(
-        query=query, key=key, value=value, dout=dout, scale=scale, causal=case.causal, bias=bias, score=score,
-        keep_window=case.keep_window, num_sinks=case.num_sinks, local_window=case.local_window,
-        cu_seqlens_q=cu[0], cu_seqlens_k=cu[1],
+        query=query,
+        key=key,
+        value=value,
+        dout=dout,
+        scale=scale,
+        causal=case.causal,
+        bias=bias,
+        score=score,
+        keep_window=case.keep_window,
+        num_sinks=case.num_sinks,
+        local_window=case.local_window,
+        cu_seqlens_q=cu[0],
+        cu_seqlens_k=cu[1],
         dlse=_normal(lse_shape, generator).to(accumulation(dtype)) if case.dlse else None,
     )

@@ -1,8 +1,8 @@
 """Options, the kernels under test, and what is printed at the end.
 
-    pytest tests/python                        the kernels of the CPU; a few minutes
-    pytest tests/python --kernel reference-cpu another implementation through the same tests (kernels.py has the names)
-    pytest tests/python --hypothesis-profile long
+pytest tests/python                        the kernels of the CPU; a few minutes
+pytest tests/python --kernel NAME          other kernels through the same tests (judge.py has the names)
+pytest tests/python --hypothesis-profile long
 """
 
 import os
@@ -17,22 +17,36 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import counters  # noqa: E402
 from judge import KERNELS  # noqa: E402
+from kernels import OpsKernel  # noqa: E402
+
+NATIVE = [name for name, kernel in KERNELS.items() if isinstance(kernel, OpsKernel)]
 
 hypothesis.settings.register_profile(
-    "ci", max_examples=100, derandomize=True, deadline=None, database=None, print_blob=False,
+    "ci",
+    max_examples=100,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    print_blob=False,
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
 hypothesis.settings.register_profile(
-    "long", max_examples=5000, deadline=None, print_blob=True,
+    "long",
+    max_examples=5000,
+    deadline=None,
+    print_blob=True,
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
 hypothesis.settings.load_profile("ci")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kernel", action="append", choices=sorted(KERNELS), help="what to test; default: cpu")
-    parser.addoption("--no-bug-library", action="store_true",
-                     help="do without the library that proves that injected bugs are caught")
+    parser.addoption("--kernel", action="append", choices=NATIVE, help="what to test; default: cpu")
+    parser.addoption(
+        "--no-bug-library",
+        action="store_true",
+        help="do without the library that proves that injected bugs are caught",
+    )
 
 
 def pytest_configure(config):
@@ -45,19 +59,16 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("kernel", [KERNELS[name] for name in names], ids=names, scope="session")
 
 
-@pytest.fixture
-def device(kernel):
-    return kernel.device
-
-
 @pytest.fixture(autouse=True)
 def _same_start():
-    """Every test starts from the same random state and the default backend, and leaves the number of threads alone."""
+    """Every test starts from the same random state, the default backend and one thread.
+
+    One, because most tests are small, and threads that wait for each other make them slow on a busy machine;
+    what depends on the number of threads sets it.
+    """
     os.environ.pop("FLASH_DMATTN_BACKEND", None)
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
 
 
 def pytest_terminal_summary(terminalreporter):

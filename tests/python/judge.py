@@ -1,6 +1,8 @@
-"""One case through one kernel, selection and all tiers; what a failing check prints runs exactly this.
+"""One case through one kernel: selection and all tiers. A failing check prints how to run it again:
 
     cd tests/python && python -c "from judge import *; check('cpu', Case(keep_window=8))"
+
+KERNELS names what can be tested.
 """
 
 import tiers
@@ -15,7 +17,10 @@ ALL = tuple(DTYPES)
 KERNELS = {
     "cpu": OpsKernel("cpu", "cpu", ALL, keeps_float32=True),
     "public-cpu": PublicKernel("public-cpu", "cpu", ALL, keeps_float32=True),
-    "reference-cpu": PublicKernel("reference-cpu", "cpu", ALL, keeps_float32=False, backend="reference", contiguous=("out", "lse")),
+    "reference-cpu": PublicKernel(
+        "reference-cpu", "cpu", ALL, keeps_float32=False, backend="reference", contiguous=("out", "lse")
+    ),
+    "flex-cpu": PublicKernel("flex-cpu", "cpu", ALL, keeps_float32=False, backend="flex", has_backward=False),
 }
 
 
@@ -36,10 +41,18 @@ def failures_of(kernel, problem: Problem, answer: Expected, least_limit: float =
         count("selection", expiry.numel())
         if len(wrong):
             at = tuple(wrong[0].tolist())
-            failures.append(tiers.Failure("selection", "expiry", f"{len(wrong)} of {expiry.numel()} differ from the "
-                                          f"heap; first {list(at)}: got {expiry[at]}, reference {answer.expiry[at]}"))
+            failures.append(
+                tiers.Failure(
+                    "selection",
+                    "expiry",
+                    f"{len(wrong)} of {expiry.numel()} differ from the "
+                    f"heap; first {list(at)}: got {expiry[at]}, reference {answer.expiry[at]}",
+                )
+            )
     results = kernel.run(problem)
-    return failures + tiers.judge(results, answer, problem.query.dtype, kernel.keeps_float32, kernel.contiguous, least_limit)
+    return failures + tiers.judge(
+        results, answer, problem.query.dtype, kernel.keeps_float32, kernel.contiguous, least_limit
+    )
 
 
 def require(failures: list[tiers.Failure], how: str) -> None:

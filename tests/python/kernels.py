@@ -1,20 +1,20 @@
 """What is under test, behind one interface: `run(problem)` gives the tensors that tiers.py judges, by name.
 
-OpsKernel calls the torch operators of a library as the Python package does: select, forward, backward. PublicKernel
-goes through `flash_dmattn_func` and autograd, with a backend chosen by name. A kernel says on which device its tensors
-live, which dtypes it takes and whether it keeps P and dS in float32; the suite has no other knowledge of it.
+OpsKernel calls the torch operators of a library as the Python package does: select, forward, backward.
+PublicKernel goes through `flash_dmattn_func` and autograd, with a backend chosen by name. A kernel says on
+which device its tensors live, which dtypes it takes and whether it keeps P and dS in float32; the suite has
+no other knowledge of it.
 """
 
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import flash_dmattn
 import torch
 
-import flash_dmattn
 from cases import Problem
 from tiers import CONTIGUOUS
-
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,36 @@ class OpsKernel:
 
     def forward(self, problem: Problem, expiry: torch.Tensor | None) -> dict[str, torch.Tensor]:
         out, lse = self.ops.forward(
-            problem.query, problem.key, problem.value, problem.bias, expiry, problem.cu_seqlens_q,
-            problem.cu_seqlens_k, problem.scale, problem.causal,
+            problem.query,
+            problem.key,
+            problem.value,
+            problem.bias,
+            expiry,
+            problem.cu_seqlens_q,
+            problem.cu_seqlens_k,
+            problem.scale,
+            problem.causal,
         )
         return {"out": out, "lse": lse}
 
-    def backward(self, problem: Problem, expiry, out, lse, needs=(True, True, True, True)) -> dict[str, torch.Tensor]:
+    def backward(
+        self, problem: Problem, expiry, out, lse, needs=(True, True, True, True)
+    ) -> dict[str, torch.Tensor]:
         dq, dk, dv, dbias = self.ops.backward(
-            problem.dout, problem.dlse, problem.query, problem.key, problem.value, problem.bias, expiry, out, lse,
-            problem.cu_seqlens_q, problem.cu_seqlens_k, problem.scale, problem.causal, *needs[:3],
+            problem.dout,
+            problem.dlse,
+            problem.query,
+            problem.key,
+            problem.value,
+            problem.bias,
+            expiry,
+            out,
+            lse,
+            problem.cu_seqlens_q,
+            problem.cu_seqlens_k,
+            problem.scale,
+            problem.causal,
+            *needs[:3],
             needs[3] and problem.bias is not None,
         )
         grads = {"dq": dq, "dk": dk, "dv": dv, "dbias": dbias}
@@ -67,13 +88,16 @@ class PublicKernel:
     keeps_float32: bool
     backend: str | None = None  # None: the package decides
     has_backward: bool = True
-    contiguous: tuple[str, ...] = CONTIGUOUS  # the results that have to be; eager PyTorch lays out gradients as it likes
+    contiguous: tuple[str, ...] = (
+        CONTIGUOUS  # the results that must be; not all of eager PyTorch's gradients are
+    )
 
     def select_keys(self, score, keep_window, causal=True, num_sinks=0, local_window=0, cu_seqlens=None):
         packed = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
         with forced(self.backend):
             return flash_dmattn.select_keys(
-                score, keep_window, is_causal=causal, num_sinks=num_sinks, local_window=local_window, **packed)
+                score, keep_window, is_causal=causal, num_sinks=num_sinks, local_window=local_window, **packed
+            )
 
     def select(self, problem: Problem) -> torch.Tensor | None:
         return selection_of(self, problem)
@@ -81,7 +105,9 @@ class PublicKernel:
     def call(self, problem: Problem, **changes):
         """The public function on the tensors as they are; (out, lse)."""
         edited = problem.num_sinks or problem.local_window
-        arguments = dict(attn_bias=problem.bias, scale=problem.scale, is_causal=problem.causal, return_lse=True)
+        arguments = dict(
+            attn_bias=problem.bias, scale=problem.scale, is_causal=problem.causal, return_lse=True
+        )
         if problem.score is not None and not edited:
             score = None if problem.score is problem.bias else problem.score
             arguments |= dict(keep_window_size=problem.keep_window, attn_score=score)
@@ -96,12 +122,15 @@ class PublicKernel:
 
     def run(self, problem: Problem) -> dict[str, torch.Tensor]:
         leaves = {"dq": problem.query, "dk": problem.key, "dv": problem.value, "dbias": problem.bias}
-        leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items() if leaf is not None}
+        leaves = {
+            name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items() if leaf is not None
+        }
         shared = problem.score is problem.bias
         bias = leaves.get("dbias")
         score = bias if shared else problem.score
-        out, lse = self.call(problem.replace(query=leaves["dq"], key=leaves["dk"], value=leaves["dv"], bias=bias,
-                                             score=score))
+        out, lse = self.call(
+            problem.replace(query=leaves["dq"], key=leaves["dk"], value=leaves["dv"], bias=bias, score=score)
+        )
         results = {"out": out, "lse": lse}
         if not self.has_backward:
             return results
@@ -114,8 +143,14 @@ class PublicKernel:
 def selection_of(kernel, problem: Problem) -> torch.Tensor | None:
     if problem.score is None:
         return problem.fixed_expiry
-    return kernel.select_keys(problem.ranked_score(), problem.keep_window, problem.causal, problem.num_sinks,
-                              problem.local_window, problem.cu_seqlens_k)
+    return kernel.select_keys(
+        problem.ranked_score(),
+        problem.keep_window,
+        problem.causal,
+        problem.num_sinks,
+        problem.local_window,
+        problem.cu_seqlens_k,
+    )
 
 
 @contextmanager

@@ -1,13 +1,14 @@
-"""Forward and backward in float64 on the rounded inputs, with the terms that say how far a kernel may be from it.
+"""Forward and backward in float64 on the rounded inputs, with the terms that bound a kernel's error.
 
-`expected(problem)` returns an Answer per tensor: its value, the sum of the absolute values of what was added up, and
-its variance as the kernels' roundings make it, split by cause so that one pass serves every rule of tiers.py:
+`expected(problem)` returns an Answer per tensor: its value, the sum of the absolute values of what was added
+up, and its variance as the kernels' roundings make it, split by cause so that one pass serves every rule of
+tiers.py:
 
     variance = h^2 * matrix + (u_o / 2)^2 * output + h_logit^2 * logit + exact
 
-h is half the unit roundoff of P and dS where they enter a matrix product; u_o that of the stored output, from which
-the backward takes delta; h_logit that of the float32 logits, for dbias, whose terms are summed before dS is rounded;
-`exact` is the float32 arithmetic of dP and delta. Rows are taken in chunks: memory stays
+h is half the unit roundoff of P and dS where they enter a matrix product; u_o that of the stored output, from
+which the backward takes delta; h_logit that of the float32 logits, for dbias, whose terms are summed before
+dS is rounded; `exact` is the float32 arithmetic of dP and delta. Rows are taken in chunks: memory stays
 bounded by CHUNK elements a matrix. The selection is the heap's (ranking.py), never a kernel's.
 """
 
@@ -42,25 +43,34 @@ class Answer:
 @dataclass
 class Expected:
     tensors: dict[str, Answer]  # out, lse, dq, dk, dv and, with a bias, dbias
-    largest_logit: float  # of those that some row sees; or what it cancelled from, less the 8 that every rule allows
+    # Of the logits that some row sees; or the products it cancelled from, less the 8 that every rule allows.
+    largest_logit: float
     expiry: torch.Tensor | None
 
 
-def expected(problem: Problem, dense_bias: torch.Tensor | None = None, dense_mask: torch.Tensor | None = None) -> Expected:
+def expected(
+    problem: Problem, dense_bias: torch.Tensor | None = None, dense_mask: torch.Tensor | None = None
+) -> Expected:
     """dense_bias, dense_mask: already expanded to [B, H, Sq, Sk]; then dbias has that shape too."""
-    query, key, value, dout = (getattr(problem, name).detach().cpu().double() for name in ("query", "key", "value", "dout"))
+    query, key, value, dout = (
+        getattr(problem, name).detach().cpu().double() for name in ("query", "key", "value", "dout")
+    )
     packed = problem.cu_seqlens_q is not None
     heads_q, heads_kv = query.shape[-2], key.shape[-2]
     lse_shape = (heads_q, query.shape[0]) if packed else (query.shape[0], heads_q, query.shape[1])
     bias_shape = key.shape[:-1] if packed else (key.shape[0], heads_kv, key.shape[1])
-    bias = problem.bias
-    has_bias = bias is not None or dense_bias is not None
-    bias = torch.zeros(bias_shape, dtype=torch.float64) if bias is None else bias.detach().cpu().double().expand(bias_shape)
-    dlse = torch.zeros(lse_shape, dtype=torch.float64) if problem.dlse is None else problem.dlse.cpu().double()
+    has_bias = problem.bias is not None or dense_bias is not None
+    bias, dlse = torch.zeros(bias_shape).double(), torch.zeros(lse_shape).double()
+    if problem.bias is not None:
+        bias = problem.bias.detach().cpu().double().expand(bias_shape)
+    if problem.dlse is not None:
+        dlse = problem.dlse.cpu().double()
     expiry = problem.exact_expiry()
 
-    tensors = {name: Answer.zeros(like.shape) for name, like in
-               {"out": query, "dq": query, "dk": key, "dv": value}.items()}
+    tensors = {
+        name: Answer.zeros(like.shape)
+        for name, like in {"out": query, "dq": query, "dk": key, "dv": value}.items()
+    }
     tensors["lse"] = Answer.zeros(lse_shape)
     if has_bias:
         tensors["dbias"] = Answer.zeros(bias_shape if dense_bias is None else dense_bias.shape)
@@ -71,20 +81,30 @@ def expected(problem: Problem, dense_bias: torch.Tensor | None = None, dense_mas
             per_key = (*bias_at, g) if packed else (batch, g)
             dense = (batch, group)
             part = {
-                "out": tensors["out"][(*rows, group)], "dq": tensors["dq"][(*rows, group)],
-                "dk": tensors["dk"][(*keys, g)], "dv": tensors["dv"][(*keys, g)],
+                "out": tensors["out"][(*rows, group)],
+                "dq": tensors["dq"][(*rows, group)],
+                "dk": tensors["dk"][(*keys, g)],
+                "dv": tensors["dv"][(*keys, g)],
                 "lse": tensors["lse"][(group, *lse_at) if packed else (batch, group)],
             }
             if has_bias:
                 part["dbias"] = tensors["dbias"][per_key if dense_bias is None else dense]
-            largest = max(largest, _one_head(
-                part, query[(*rows, group)].transpose(0, 1), key[(*keys, g)], value[(*keys, g)],
-                dout[(*rows, group)].transpose(0, 1),
-                bias[per_key] if dense_bias is None else dense_bias[dense].double(),
-                None if dense_mask is None else dense_mask[dense],
-                dlse[(group, *lse_at) if packed else (batch, group)],
-                None if expiry is None else expiry[per_key].long(), problem.scale, problem.causal,
-            ))
+            largest = max(
+                largest,
+                _one_head(
+                    part,
+                    query[(*rows, group)].transpose(0, 1),
+                    key[(*keys, g)],
+                    value[(*keys, g)],
+                    dout[(*rows, group)].transpose(0, 1),
+                    bias[per_key] if dense_bias is None else dense_bias[dense].double(),
+                    None if dense_mask is None else dense_mask[dense],
+                    dlse[(group, *lse_at) if packed else (batch, group)],
+                    None if expiry is None else expiry[per_key].long(),
+                    problem.scale,
+                    problem.causal,
+                ),
+            )
     return Expected(tensors, largest, expiry)
 
 
@@ -106,7 +126,9 @@ def _one_head(part, query, key, value, dout, bias, mask, dlse, expiry, scale, ca
     (group, seqlen_q, _), seqlen_k = query.shape, key.shape[0]
     if seqlen_q == 0:
         return 0.0
-    position = torch.arange(seqlen_q) + seqlen_k - seqlen_q if causal else torch.full((seqlen_q,), seqlen_k - 1)
+    position = (
+        torch.arange(seqlen_q) + seqlen_k - seqlen_q if causal else torch.full((seqlen_q,), seqlen_k - 1)
+    )
     born, dies = torch.arange(seqlen_k), torch.full((seqlen_k,), seqlen_k) if expiry is None else expiry
     if not causal:
         born = torch.zeros_like(born)
@@ -130,15 +152,29 @@ def _one_head(part, query, key, value, dout, bias, mask, dlse, expiry, scale, ca
         sees = sees & (offset > -torch.inf)
         products = abs(scale) * (query[:, rows].abs() @ key[:reach].abs().T)
         if sees.any():
-            largest = max(largest, float(torch.maximum(logits.abs(), products - 8).masked_fill(~sees, 0).max()))
-        _chunk(part, rows, reach, logits.masked_fill(~sees, -torch.inf), products, query[:, rows], key[:reach],
-               value[:reach], dout[:, rows], dlse[:, rows], scale)
+            largest = max(
+                largest, float(torch.maximum(logits.abs(), products - 8).masked_fill(~sees, 0).max())
+            )
+        _chunk(
+            part,
+            rows,
+            reach,
+            logits.masked_fill(~sees, -torch.inf),
+            products,
+            query[:, rows],
+            key[:reach],
+            value[:reach],
+            dout[:, rows],
+            dlse[:, rows],
+            scale,
+        )
     return largest
 
 
 def _chunk(part, rows, reach, logits, products, query, key, value, dout, dlse, scale) -> None:
     """[group, rows, reach] matrices of one chunk, and what they add to every tensor."""
-    top = logits.max(dim=-1, keepdim=True).values if reach else logits.new_full((*logits.shape[:2], 1), -torch.inf)
+    nothing = logits.new_full((*logits.shape[:2], 1), -torch.inf)
+    top = logits.max(dim=-1, keepdim=True).values if reach else nothing
     weights = torch.exp(logits - top.masked_fill(top == -torch.inf, 0))
     total = weights.sum(-1, keepdim=True)
     P = weights / total.masked_fill(total == 0, 1)
@@ -167,12 +203,20 @@ def _chunk(part, rows, reach, logits, products, query, key, value, dout, dlse, s
     part["lse"].value[:, rows] = (torch.log(total) + top)[..., 0]
     part["lse"].terms[:, rows] = (P * products).sum(-1)
     by_row(
-        part["dq"], value=s * (dS @ key), terms=abs(s) * (dS.abs() @ key.abs()), exact=s2 * (e2 @ key2),
-        matrix=s2 * (dS2 @ key2 + delta_matrix * mean_key2), output=s2 * delta_output * mean_key2,
+        part["dq"],
+        value=s * (dS @ key),
+        terms=abs(s) * (dS.abs() @ key.abs()),
+        exact=s2 * (e2 @ key2),
+        matrix=s2 * (dS2 @ key2 + delta_matrix * mean_key2),
+        output=s2 * delta_output * mean_key2,
     )
     by_key(
-        part["dk"], value=s * (dS.mT @ query), terms=abs(s) * (dS.abs().mT @ query.abs()), exact=s2 * (e2.mT @ query2),
-        matrix=s2 * ((dS2 + P2 * delta_matrix).mT @ query2), output=s2 * ((P2 * delta_output).mT @ query2),
+        part["dk"],
+        value=s * (dS.mT @ query),
+        terms=abs(s) * (dS.abs().mT @ query.abs()),
+        exact=s2 * (e2.mT @ query2),
+        matrix=s2 * ((dS2 + P2 * delta_matrix).mT @ query2),
+        output=s2 * ((P2 * delta_output).mT @ query2),
     )
     by_key(part["dv"], value=P.mT @ dout, terms=P.mT @ dout.abs(), matrix=P2.mT @ dout2)
     if "dbias" not in part:
@@ -181,8 +225,12 @@ def _chunk(part, rows, reach, logits, products, query, key, value, dout, dlse, s
         for name, term in {"value": dS, "terms": dS.abs(), "exact": e2}.items():
             getattr(part["dbias"], name)[:, rows, :reach] = term
         return
-
     by_key(
-        part["dbias"], value=dS.sum(1), terms=dS.abs().sum(1), exact=e2.sum(1),
-        matrix=(P2 * delta_matrix).sum(1), output=(P2 * delta_output).sum(1), logit=dS2.sum(1),
+        part["dbias"],
+        value=dS.sum(1),
+        terms=dS.abs().sum(1),
+        exact=e2.sum(1),
+        matrix=(P2 * delta_matrix).sum(1),
+        output=(P2 * delta_output).sum(1),
+        logit=dS2.sum(1),
     )

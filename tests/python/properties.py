@@ -1,7 +1,8 @@
 """What holds of any correct result, checked without a reference: at any size, in O(result) memory.
 
-Each function takes a kernel and a problem and returns failures. The bounds are those of tiers.py with the reference
-replaced by what is at hand: a sum of n results may be off by Z times the root of the sum of their variances.
+Each function takes a kernel and a problem and returns failures. The bounds are those of tiers.py with the
+reference replaced by what is at hand: a sum of n results may be off by Z times the root of the sum of their
+variances.
 """
 
 import torch
@@ -14,16 +15,22 @@ from oracle import FLOAT32
 from tiers import UNIT, Failure
 
 Z = 6.0
-# Error of one dS in units of 2^-24 |dS|: dP and delta are each rounded 8 times over, and dS is what is left of them.
+# Error of one dS in units of 2^-24 |dS|: dP and delta are each rounded 8 times over, and dS is what is left
+# of them.
 CANCELLATION = 64
 
 
 class _Sums:
-    """Results in float64, laid out [sequence rows, heads, D], with the noise levels that their dtypes give."""
+    """Results in float64, laid out [sequence rows, heads, D], with the noise levels that their dtypes
+    give."""
 
     def __init__(self, kernel, problem: Problem, results: dict[str, torch.Tensor]):
         dtype = problem.query.dtype
-        largest = float(results["lse"].abs().where(results["lse"].isfinite(), 0).max()) if results["lse"].numel() else 0.0
+        largest = (
+            float(results["lse"].abs().where(results["lse"].isfinite(), 0).max())
+            if results["lse"].numel()
+            else 0.0
+        )
         rule = tiers.rules(dtype, 2 * largest + 8, kernel.keeps_float32)[-1]
         double = dtype == torch.float64
         self.h = 1e-13 if double else rule.matrix
@@ -36,7 +43,9 @@ class _Sums:
             self.t[name] = None if tensor is None else tensor.detach().cpu().double()
         self.group = problem.query.shape[-2] // max(1, problem.key.shape[-2])
         self.packed = problem.cu_seqlens_q is not None
-        lse = self.t["lse"] if self.packed else self.t["lse"].transpose(1, 2)  # [B, Sq, H]; packed [H, total_q]
+        lse = (
+            self.t["lse"] if self.packed else self.t["lse"].transpose(1, 2)
+        )  # [B, Sq, H]; packed [H, total_q]
         self.full = (lse.T if self.packed else lse) > -torch.inf  # rows that see a key
         self.sequences = [(b, b) for b in range(problem.query.shape[0])]
         if self.packed:
@@ -63,12 +72,19 @@ def _judge(name: str, tensor: str, difference: torch.Tensor, allowed: torch.Tens
     if not bad.any():
         return []
     worst = int(torch.where(bad, difference.abs() / allowed, 0).nan_to_num(torch.inf).argmax())
-    return [Failure("property", tensor, f"{name}: off by {difference.flatten()[worst]:.3g}, allowed "
-                    f"{allowed.flatten()[worst]:.3g} ({int(bad.sum())} of {bad.numel()} sums)")]
+    return [
+        Failure(
+            "property",
+            tensor,
+            f"{name}: off by {difference.flatten()[worst]:.3g}, allowed "
+            f"{allowed.flatten()[worst]:.3g} ({int(bad.sum())} of {bad.numel()} sums)",
+        )
+    ]
 
 
 def sums_of_gradients(kernel, problem: Problem, results: dict[str, torch.Tensor]) -> list[Failure]:
-    """sum dv = sum dout, sum dbias = sum dlse, <q, dq> = <k, dk>, <v, dv> = <out, dout>: per sequence and kv head."""
+    """sum dv = sum dout, sum dbias = sum dlse, <q, dq> = <k, dk>, <v, dv> = <out, dout>: per sequence and kv
+    head."""
     s = _Sums(kernel, problem, results)
     t, full = s.t, s.full[..., None]
     dout = torch.where(full, t["dout"], 0.0)
@@ -76,7 +92,9 @@ def sums_of_gradients(kernel, problem: Problem, results: dict[str, torch.Tensor]
 
     difference = s.per_channel(t["dv"], 1) - s.per_channel(dout, 0)
     allowed = Z * ((s.h**2) * s.per_channel(dout**2, 0) + s.u_o**2 * s.per_channel(t["dv"] ** 2, 1)).sqrt()
-    failures += _judge("sum of dv = sum of dout", "dv", difference, allowed + 8 * s.single * s.per_channel(dout.abs(), 0))
+    failures += _judge(
+        "sum of dv = sum of dout", "dv", difference, allowed + 8 * s.single * s.per_channel(dout.abs(), 0)
+    )
 
     for name, tensor, left, right, noise in (
         ("<q, dq> = <k, dk>", "dq and dk", ("query", "dq", 0), ("key", "dk", 1), s.h_dS),
@@ -86,21 +104,31 @@ def sums_of_gradients(kernel, problem: Problem, results: dict[str, torch.Tensor]
         sums = [s.per_head(product, side) for product, side in products]
         squares = sum(s.per_head(product**2, side) for product, side in products)
         absolute = sum(s.per_head(product.abs(), side) for product, side in products)
-        failures += _judge(name, tensor, sums[0] - sums[1],
-                           Z * (s.u_o + noise) * squares.sqrt() + 8 * s.single * absolute)
+        failures += _judge(
+            name, tensor, sums[0] - sums[1], Z * (s.u_o + noise) * squares.sqrt() + 8 * s.single * absolute
+        )
 
     if "dbias" in t:
         dbias = t["dbias"] if s.packed else t["dbias"].transpose(1, 2)
         dlse = torch.zeros(full.shape[:-1]).double()
         if t["dlse"] is not None:
             dlse = torch.where(s.full, t["dlse"].T if s.packed else t["dlse"].transpose(1, 2), 0.0)
-        # One row's dS sums to what its delta is wrong by: the stored output's rounding, and float32 arithmetic.
+        # One row's dS sums to what its delta is wrong by: the stored output's rounding, and float32
+        # arithmetic.
         size = (dout.abs() * _largest_value(s, problem)).sum(-1)
-        row = ((dout**2 * t["out"] ** 2).sum(-1) * s.u_o**2 + (CANCELLATION / 4 * s.single * size) ** 2
-               + s.h**2 * (dout**2 * _largest_value(s, problem) ** 2).sum(-1))
+        row = (
+            (dout**2 * t["out"] ** 2).sum(-1) * s.u_o**2
+            + (CANCELLATION / 4 * s.single * size) ** 2
+            + s.h**2 * (dout**2 * _largest_value(s, problem) ** 2).sum(-1)
+        )
         difference = s.per_head(dbias, 1) - s.per_head(dlse, 0)
-        failures += _judge("sum of dbias = sum of dlse", "dbias", difference, Z * s.per_head(row, 0).sqrt()
-                           + 8 * s.single * (s.per_head(dbias.abs(), 1) + s.per_head(dlse.abs(), 0)))
+        failures += _judge(
+            "sum of dbias = sum of dlse",
+            "dbias",
+            difference,
+            Z * s.per_head(row, 0).sqrt()
+            + 8 * s.single * (s.per_head(dbias.abs(), 1) + s.per_head(dlse.abs(), 0)),
+        )
     return failures
 
 
@@ -125,8 +153,12 @@ def constant_value(kernel, problem: Problem) -> list[Failure]:
     unit = UNIT[problem.query.dtype]
     slack = 1e-13 if problem.query.dtype == torch.float64 else 16 * FLOAT32
     h = 0.0 if kernel.keeps_float32 else unit
-    return _judge("V = 1 gives out = 1", "out", out - seen[..., None].double(),
-                  torch.where(seen[..., None], unit + h + slack, 0.0).expand_as(out))
+    return _judge(
+        "V = 1 gives out = 1",
+        "out",
+        out - seen[..., None].double(),
+        torch.where(seen[..., None], unit + h + slack, 0.0).expand_as(out),
+    )
 
 
 def output_range(kernel, problem: Problem, results: dict[str, torch.Tensor]) -> list[Failure]:
@@ -150,15 +182,21 @@ def zero_gradient(kernel, problem: Problem, results: dict[str, torch.Tensor]) ->
     quiet = problem.replace(dout=torch.zeros_like(problem.dout), dlse=None)
     grads = kernel.backward(quiet, kernel.select(problem), results["out"], results["lse"])
     count("property", len(grads))
-    return [Failure("property", name, "dout = 0 gives gradients that are not 0")
-            for name, grad in grads.items() if (grad != 0).any()]
+    return [
+        Failure("property", name, "dout = 0 gives gradients that are not 0")
+        for name, grad in grads.items()
+        if (grad != 0).any()
+    ]
 
 
 def repeats(kernel, problem: Problem, results: dict[str, torch.Tensor]) -> list[Failure]:
     again = kernel.run(problem)
     count("bitwise", len(again))
-    return [Failure("bitwise", name, "a second run gives other bits")
-            for name in again if not bit_for_bit(again[name], results[name])]
+    return [
+        Failure("bitwise", name, "a second run gives other bits")
+        for name in again
+        if not bit_for_bit(again[name], results[name])
+    ]
 
 
 def all_properties(kernel, problem: Problem, results: dict[str, torch.Tensor]) -> list[Failure]:

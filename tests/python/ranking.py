@@ -1,8 +1,10 @@
-"""Selection as it is defined, in plain Python: the oracle of every expiry in this suite. Nothing of the package.
+"""Selection as it is defined, in plain Python: the oracle of every expiry in this suite. Nothing of the
+package.
 
-Two forms. `rank_counts` is the definition itself: how many keys outrank each key at each position, by comparing all
-pairs. `expiry` walks a sequence with a heap of w entries: Python floats hold every value of every dtype exactly, and
-(score, index) tuples compare in the documented order. test_selection.py checks the second against the first.
+Two forms. `rank_counts` is the definition itself: how many keys outrank each key at each position, by
+comparing all pairs. `expiry` walks a sequence with a heap of w entries: Python floats hold every value of
+every dtype exactly, and (score, index) tuples compare in the documented order. test_selection.py checks the
+second against the first.
 """
 
 import heapq
@@ -15,7 +17,8 @@ import torch
 def rank_counts(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """scores [n, length] float64 -> (counts [n, position, key], enabled [n, key]).
 
-    counts[., i, j]: the enabled keys at or before position i that outrank key j. -0 equals +0 in IEEE comparison.
+    counts[., i, j]: the enabled keys at or before position i that outrank key j. -0 equals +0 in IEEE
+    comparison.
     """
     enabled = ~np.isnan(scores) & (scores != -np.inf)
     index = np.arange(scores.shape[1])

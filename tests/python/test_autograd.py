@@ -1,28 +1,35 @@
-"""Gradients as PyTorch sees them: gradcheck, autocast, activation checkpointing, dtypes of what comes back."""
-
-import pytest
-import torch
-from torch.utils.checkpoint import checkpoint
+"""Gradients as PyTorch sees them: gradcheck, autocast, activation checkpointing, dtypes of what comes
+back."""
 
 import flash_dmattn
+import pytest
+import torch
+from flash_dmattn import flash_dmattn_func, flash_dmattn_varlen_func
+from torch.utils.checkpoint import checkpoint
+
 from cases import Case, make
 from counters import count
-from flash_dmattn import flash_dmattn_func, flash_dmattn_varlen_func
 from kernels import bit_for_bit, forced
 
 SMALL = dict(batch=2, seqlen_q=5, seqlen_k=7, heads_q=4, heads_kv=2, head_dim=3, keep_window=3, dtype="f64")
 
 
 def leaves_of(problem):
-    return [tensor.detach().clone().requires_grad_() for tensor in (problem.query, problem.key, problem.value, problem.bias)]
+    return [
+        tensor.detach().clone().requires_grad_()
+        for tensor in (problem.query, problem.key, problem.value, problem.bias)
+    ]
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("keep_window", [3, None])
 def test_gradcheck(kernel, causal, keep_window, backend):
-    """Numerical against analytical, for out and lse, in float64; the analytical one twice, with equal bits."""
-    problem = make(Case(**(SMALL | dict(keep_window=keep_window, causal=causal, bias="separate")))).to(kernel.device)
+    """Numerical against analytical, for out and lse, in float64; the analytical one twice, with equal
+    bits."""
+    problem = make(Case(**(SMALL | dict(keep_window=keep_window, causal=causal, bias="separate")))).to(
+        kernel.device
+    )
     options = dict(is_causal=causal, return_lse=True)
     if keep_window:
         options |= dict(keep_window_size=keep_window, attn_score=problem.score)
@@ -38,13 +45,32 @@ def test_gradcheck(kernel, causal, keep_window, backend):
 @pytest.mark.parametrize("causal", [True, False])
 def test_gradcheck_packed(kernel, causal):
     lengths = ((2, 4), (0, 0), (3, 3), (0, 2), (1, 5))
-    problem = make(Case(lengths=lengths, heads_q=4, heads_kv=2, head_dim=3, dtype="f64", keep_window=2, causal=causal,
-                        bias="separate")).to(kernel.device)
+    problem = make(
+        Case(
+            lengths=lengths,
+            heads_q=4,
+            heads_kv=2,
+            head_dim=3,
+            dtype="f64",
+            keep_window=2,
+            causal=causal,
+            bias="separate",
+        )
+    ).to(kernel.device)
 
     def function(query, key, value, bias):
         return flash_dmattn_varlen_func(
-            query, key, value, attn_bias=bias, attn_score=problem.score, keep_window_size=2, is_causal=causal,
-            cu_seqlens_q=problem.cu_seqlens_q, cu_seqlens_k=problem.cu_seqlens_k, return_lse=True)
+            query,
+            key,
+            value,
+            attn_bias=bias,
+            attn_score=problem.score,
+            keep_window_size=2,
+            is_causal=causal,
+            cu_seqlens_q=problem.cu_seqlens_q,
+            cu_seqlens_k=problem.cu_seqlens_k,
+            return_lse=True,
+        )
 
     assert torch.autograd.gradcheck(function, leaves_of(problem), nondet_tol=0.0)
     count("property")
@@ -54,7 +80,9 @@ def test_gradcheck_packed(kernel, causal):
 def test_gradcheck_dense_bias(kernel, form):
     problem = make(Case(**SMALL)).to(kernel.device)
     sizes = {"B": 2, "H": 4, "Hkv": 2, "Sq": 5, "Sk": 7, "1": 1}
-    bias = torch.randn([sizes[axis] for axis in form[1:-1].split(", ")], dtype=torch.float64, device=kernel.device)
+    bias = torch.randn(
+        [sizes[axis] for axis in form[1:-1].split(", ")], dtype=torch.float64, device=kernel.device
+    )
     leaves = leaves_of(problem)[:3] + [bias.requires_grad_()]
 
     def function(query, key, value, bias):
@@ -75,7 +103,9 @@ def test_the_reference_is_differentiable_twice(kernel):
     count("property")
 
 
-@pytest.mark.parametrize("bias_shape", [(2, 2, 7), (1, 2, 7), (2, 1, 7), (1, 1, 7), (2, 2, 1, 7), (1, 1, 1, 7)])
+@pytest.mark.parametrize(
+    "bias_shape", [(2, 2, 7), (1, 2, 7), (2, 1, 7), (1, 1, 7), (2, 2, 1, 7), (1, 1, 1, 7)]
+)
 @pytest.mark.parametrize("bias_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", ["f64", "f32", "bf16"])
 def test_the_gradient_of_a_bias_has_its_shape_and_dtype(kernel, dtype, bias_dtype, bias_shape):
@@ -96,7 +126,9 @@ def test_selection_has_no_gradient(kernel):
     """Where bias and score are one tensor it gets dbias and nothing else; a score alone gets nothing."""
     problem = make(Case(**SMALL)).to(kernel.device)
     query, key, value, score = leaves_of(problem)
-    flash_dmattn_func(query, key, value, attn_score=score, keep_window_size=3, is_causal=True).sum().backward()
+    flash_dmattn_func(
+        query, key, value, attn_score=score, keep_window_size=3, is_causal=True
+    ).sum().backward()
     assert score.grad is None and query.grad is not None
     grads = []
     for options in (dict(keep_window_size=3), dict(expiry=flash_dmattn.select_keys(problem.score, 3))):
@@ -116,7 +148,10 @@ def test_autocast(kernel, amp_dtype, window):
     bias = 1 + 1e-4 * problem.bias  # all equal in half precision
     results = []
     for enabled in (True, False):
-        leaves = [tensor.detach().clone().requires_grad_() for tensor in (problem.query, problem.key, problem.value, bias)]
+        leaves = [
+            tensor.detach().clone().requires_grad_()
+            for tensor in (problem.query, problem.key, problem.value, bias)
+        ]
         passed = leaves if enabled else [leaf.to(amp_dtype) for leaf in leaves[:3]] + leaves[3:]
         with torch.autocast(kernel.device, dtype=amp_dtype, enabled=enabled):
             out = flash_dmattn_func(*passed[:3], attn_bias=passed[3], is_causal=True, **window)
@@ -132,7 +167,10 @@ def test_autocast(kernel, amp_dtype, window):
 def test_autocast_leaves_float64_alone(kernel):
     problem = make(Case(**SMALL)).to(kernel.device)
     with torch.autocast(kernel.device, dtype=torch.bfloat16):
-        assert flash_dmattn_func(problem.query, problem.key, problem.value, is_causal=True).dtype == torch.float64
+        assert (
+            flash_dmattn_func(problem.query, problem.key, problem.value, is_causal=True).dtype
+            == torch.float64
+        )
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

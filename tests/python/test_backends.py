@@ -3,38 +3,56 @@
 import inspect
 import itertools
 
+import flash_dmattn
 import pytest
 import torch
+from flash_dmattn import flash_dmattn_func, flash_dmattn_varlen_func
 
-import flash_dmattn
 import ranking
 import tiers
 from cases import Case, make
 from counters import count
-from flash_dmattn import flash_dmattn_func, flash_dmattn_varlen_func
-from judge import failures_of, reproduction, require
-from kernels import PublicKernel, bit_for_bit, forced
+from judge import KERNELS, failures_of, reproduction, require
+from kernels import bit_for_bit, forced
 from oracle import expected
 
 BASE = dict(batch=2, seqlen_q=40, seqlen_k=70, heads_q=4, heads_kv=2, head_dim=16, keep_window=16)
-CASES = [
-    Case(**BASE, dtype=dtype, bias=bias, score=score, causal=causal)
-    for dtype in ("f64", "f32", "bf16", "f16")
-    for bias, score, causal in (("score", "normal", True), ("separate", "minus_inf", True), ("none", "two_values", False),
-                                ("score", "nan", False), ("score", "disabled", True))
-] + [
-    Case(**(BASE | dict(keep_window=None)), bias=bias, causal=causal) for bias in ("none", "separate") for causal in (True, False)
-] + [
-    Case(lengths=((5, 9), (0, 0), (33, 33), (0, 4)), heads_q=4, heads_kv=2, head_dim=16, keep_window=8, dtype=dtype)
-    for dtype in ("f64", "f32", "bf16")
-] + [Case(**BASE, num_sinks=2, local_window=5, score="falling")]
+CASES = (
+    [
+        Case(**BASE, dtype=dtype, bias=bias, score=score, causal=causal)
+        for dtype in ("f64", "f32", "bf16", "f16")
+        for bias, score, causal in (
+            ("score", "normal", True),
+            ("separate", "minus_inf", True),
+            ("none", "two_values", False),
+            ("score", "nan", False),
+            ("score", "disabled", True),
+        )
+    ]
+    + [
+        Case(**(BASE | dict(keep_window=None)), bias=bias, causal=causal)
+        for bias in ("none", "separate")
+        for causal in (True, False)
+    ]
+    + [
+        Case(
+            lengths=((5, 9), (0, 0), (33, 33), (0, 4)),
+            heads_q=4,
+            heads_kv=2,
+            head_dim=16,
+            keep_window=8,
+            dtype=dtype,
+        )
+        for dtype in ("f64", "f32", "bf16")
+    ]
+    + [Case(**BASE, num_sinks=2, local_window=5, score="falling")]
+)
 
 
 @pytest.mark.parametrize("backend", ["reference", "flex"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_agrees_with_the_oracle(kernel, backend, case):
-    judged = PublicKernel(f"{backend}-{kernel.device}", kernel.device, kernel.dtypes, keeps_float32=False, backend=backend,
-                          has_backward=backend == "reference" or kernel.device == "cuda", contiguous=("out", "lse"))
+    judged = KERNELS[f"{backend}-{kernel.device}"]
     problem = make(case)
     with torch.set_grad_enabled(judged.has_backward):
         require(failures_of(judged, problem.to(kernel.device), expected(problem)), reproduction(judged, case))
@@ -42,15 +60,18 @@ def test_agrees_with_the_oracle(kernel, backend, case):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_the_public_function_agrees_with_the_oracle(kernel, case):
-    judged = PublicKernel(f"public-{kernel.device}", kernel.device, kernel.dtypes, kernel.keeps_float32)
+    judged = KERNELS[f"public-{kernel.device}"]
     problem = make(case)
     require(failures_of(judged, problem.to(kernel.device), expected(problem)), reproduction(judged, case))
 
 
 def run(backend=None, **arguments):
     """out, lse and the gradients of what requires one."""
-    leaves = {name: tensor.detach().clone().requires_grad_() if tensor.is_floating_point() else tensor
-              for name, tensor in arguments.items() if isinstance(tensor, torch.Tensor)}
+    leaves = {
+        name: tensor.detach().clone().requires_grad_() if tensor.is_floating_point() else tensor
+        for name, tensor in arguments.items()
+        if isinstance(tensor, torch.Tensor)
+    }
     function = flash_dmattn_varlen_func if "cu_seqlens_q" in arguments else flash_dmattn_func
     with forced(backend):
         out, lse = function(**(arguments | leaves), return_lse=True)
@@ -69,7 +90,9 @@ def assert_equal_bits(first, second):
 def assert_close(first, second):
     """Float64 through two implementations."""
     for name in second:
-        torch.testing.assert_close(first[name], second[name], rtol=1e-10, atol=1e-11, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(
+            first[name], second[name], rtol=1e-10, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}"
+        )
         count("property", first[name].numel())
 
 
@@ -105,7 +128,10 @@ def test_every_bias_form_against_the_oracle(kernel, form, causal):
     bias = bias.masked_fill(torch.rand(bias.shape) < 0.1, -torch.inf)
     answer = expected(problem, dense_bias=dense(bias, form))
     on_device = problem.to(kernel.device)
-    leaves = [tensor.requires_grad_() for tensor in (on_device.query, on_device.key, on_device.value, bias.to(kernel.device))]
+    leaves = [
+        tensor.requires_grad_()
+        for tensor in (on_device.query, on_device.key, on_device.value, bias.to(kernel.device))
+    ]
     out, lse = flash_dmattn_func(*leaves[:3], attn_bias=leaves[3], is_causal=causal, return_lse=True)
     grads = torch.autograd.grad(out, leaves, on_device.dout)
     results = {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads))}
@@ -125,7 +151,9 @@ def test_every_mask_form_against_the_oracle(kernel, form, dtype):
     answer = expected(problem, dense_mask=dense(mask, form))
     on_device = problem.to(kernel.device)
     leaves = [tensor.requires_grad_() for tensor in (on_device.query, on_device.key, on_device.value)]
-    out, lse = flash_dmattn_func(*leaves, attn_mask=mask.to(dtype).to(kernel.device), is_causal=True, return_lse=True)
+    out, lse = flash_dmattn_func(
+        *leaves, attn_mask=mask.to(dtype).to(kernel.device), is_causal=True, return_lse=True
+    )
     grads = torch.autograd.grad(out, leaves, on_device.dout)
     results = {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads))}
     require(tiers.judge(results, answer, torch.float64, True, ("out", "lse")), f"mask form [{form}]")
@@ -160,52 +188,78 @@ def test_expiry_and_a_dense_mask_intersect(kernel, tensors, causal):
     mask = torch.rand(2, 4, 40, 70, device=kernel.device) < 0.7
     expiry = flash_dmattn.select_keys(score, 16, is_causal=causal)
     both = run(**qkv, attn_bias=score, attn_mask=mask, expiry=expiry, is_causal=causal)
-    sees = torch.from_numpy(ranking.visible(score.flatten(0, 1).cpu().numpy(), 16, causal)).unflatten(0, (2, 2))
+    sees = torch.from_numpy(ranking.visible(score.flatten(0, 1).cpu().numpy(), 16, causal)).unflatten(
+        0, (2, 2)
+    )
     sees = sees[:, :, -40:].repeat_interleave(2, 1).to(kernel.device) & mask
     assert_close(both, run(**qkv, attn_bias=score, attn_mask=sees, is_causal=causal))
 
 
-@pytest.mark.parametrize("form", ["B Hkv Sk", "1 Hkv Sk", "B 1 Sk", "B Hkv 1 Sk"])
-@pytest.mark.parametrize("which", ["attn_bias", "attn_score", "expiry"])
+BROADCAST = list(itertools.product(["attn_bias", "attn_score", "expiry"], ["B Hkv Sk", "1 Hkv Sk", "B 1 Sk"]))
+BROADCAST += [("attn_bias", "B Hkv 1 Sk"), ("attn_score", "B Hkv 1 Sk")]
+
+
+@pytest.mark.parametrize("which, form", BROADCAST)
 def test_broadcast_key_forms(kernel, tensors, form, which):
     qkv, score = tensors
     part = score.narrow(0, 0, shape_of(form)[0]).narrow(1, 0, shape_of(form)[1])
     whole = part.expand(2, 2, 70).contiguous()
     part = part[:, :, None] if "1 Sk" in form and len(form.split()) == 4 else part
     if which == "expiry":
-        if len(form.split()) == 4:
-            pytest.skip("expiry has three axes")
-        calls = [dict(attn_bias=score, expiry=ranking.expiry(t, 16, True).to(kernel.device)) for t in (part, whole)]
+        calls = [
+            dict(attn_bias=score, expiry=ranking.expiry(t, 16, True).to(kernel.device)) for t in (part, whole)
+        ]
     else:
         extra = dict(attn_bias=score) if which == "attn_score" else {}
         calls = [{which: t, "keep_window_size": 16} | extra for t in (part, whole)]
     first, second = (run(**qkv, **call, is_causal=True) for call in calls)
     if which == "attn_bias":
-        second["dattn_bias"] = second["dattn_bias"].sum_to_size(part.reshape(*part.shape[:2], 70).shape).view_as(part)
+        second["dattn_bias"] = (
+            second["dattn_bias"].sum_to_size(part.reshape(*part.shape[:2], 70).shape).view_as(part)
+        )
         assert_close(first, second)
     else:
         assert_equal_bits(first, second)
 
 
 def test_packed_masks(kernel):
-    problem = make(Case(lengths=((9, 9), (0, 4), (33, 40)), heads_q=4, heads_kv=2, head_dim=16, keep_window=8, dtype="f64"))
+    problem = make(
+        Case(
+            lengths=((9, 9), (0, 4), (33, 40)), heads_q=4, heads_kv=2, head_dim=16, keep_window=8, dtype="f64"
+        )
+    )
     problem = problem.to(kernel.device)
     mask = torch.rand(53, device=kernel.device) < 0.6
-    packed = dict(query=problem.query, key=problem.key, value=problem.value, cu_seqlens_q=problem.cu_seqlens_q,
-                  cu_seqlens_k=problem.cu_seqlens_k, is_causal=True, attn_bias=problem.score)
+    packed = dict(
+        query=problem.query,
+        key=problem.key,
+        value=problem.value,
+        cu_seqlens_q=problem.cu_seqlens_q,
+        cu_seqlens_k=problem.cu_seqlens_k,
+        is_causal=True,
+        attn_bias=problem.score,
+    )
     hidden = problem.score.masked_fill(~mask[:, None], -torch.inf)
     windowed = run(**packed, keep_window_size=8, attn_mask=mask)
     assert_equal_bits(run(**packed, keep_window_size=8, attn_score=hidden), windowed)
     assert_equal_bits(run(**packed, keep_window_size=8, attn_mask=mask[:, None].expand(53, 2)), windowed)
     plain = run(**packed, attn_mask=mask)
     assert_close(run("reference", **packed, attn_mask=mask), plain)
-    assert_close(run(**(packed | dict(attn_bias=hidden))), {name: plain[name] for name in ("out", "lse", "dquery")})
+    assert_close(
+        run(**(packed | dict(attn_bias=hidden))), {name: plain[name] for name in ("out", "lse", "dquery")}
+    )
 
 
 def test_max_seqlens_change_nothing(kernel):
     problem = make(Case(lengths=((9, 9), (20, 30)), heads_q=4, heads_kv=2, head_dim=16)).to(kernel.device)
-    packed = dict(query=problem.query, key=problem.key, value=problem.value, cu_seqlens_q=problem.cu_seqlens_q,
-                  cu_seqlens_k=problem.cu_seqlens_k, is_causal=True)
+    packed = dict(
+        query=problem.query,
+        key=problem.key,
+        value=problem.value,
+        cu_seqlens_q=problem.cu_seqlens_q,
+        cu_seqlens_k=problem.cu_seqlens_k,
+        is_causal=True,
+    )
     for limits in (dict(max_seqlen_q=20, max_seqlen_k=30), dict(max_seqlen_q=999, max_seqlen_k=999)):
         assert_equal_bits(run(**packed, **limits), run(**packed))
 
@@ -215,18 +269,24 @@ def test_aliases(kernel, tensors):
     wanted = flash_dmattn_func(*qkv.values(), attn_bias=score, keep_window_size=16, is_causal=True)
     for names in itertools.product("q query".split(), "k key".split(), "v value".split()):
         named = dict(zip(names, qkv.values()))
-        assert bit_for_bit(flash_dmattn_func(**named, attn_bias=score, keep_window_size=16, is_causal=True), wanted)
+        assert bit_for_bit(
+            flash_dmattn_func(**named, attn_bias=score, keep_window_size=16, is_causal=True), wanted
+        )
         count("bitwise")
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 5, 4, 2), (2, 0, 5, 4, 2), (2, 0, 0, 4, 2), (2, 3, 5, 0, 0), (2, 3, 5, 0, 2)])
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 5, 4, 2), (2, 0, 5, 4, 2), (2, 0, 0, 4, 2), (2, 3, 5, 0, 0), (2, 3, 5, 0, 2)]
+)
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_zero_sizes(kernel, backend, shape):
     batch, seqlen_q, seqlen_k, heads_q, heads_kv = shape
     query = torch.randn(batch, seqlen_q, heads_q, 8, device=kernel.device)
     key = torch.randn(batch, seqlen_k, heads_kv, 8, device=kernel.device)
     score = torch.randn(batch, heads_kv, seqlen_k, device=kernel.device)
-    results = run(backend, query=query, key=key, value=key.clone(), attn_bias=score, keep_window_size=2, is_causal=True)
+    results = run(
+        backend, query=query, key=key, value=key.clone(), attn_bias=score, keep_window_size=2, is_causal=True
+    )
     assert results["out"].shape == query.shape and results["lse"].shape == (batch, heads_q, seqlen_q)
     for name, like in (("query", query), ("key", key), ("value", key), ("attn_bias", score)):
         assert results[f"d{name}"].shape == like.shape and (results[f"d{name}"] == 0).all()
@@ -236,7 +296,11 @@ def test_zero_sizes(kernel, backend, shape):
 def test_no_keys_at_all(kernel, backend):
     query, key = torch.randn(2, 3, 4, 8, device=kernel.device), torch.randn(2, 0, 2, 8, device=kernel.device)
     results = run(backend, query=query, key=key, value=key)
-    assert (results["out"] == 0).all() and (results["lse"] == -torch.inf).all() and (results["dquery"] == 0).all()
+    assert (
+        (results["out"] == 0).all()
+        and (results["lse"] == -torch.inf).all()
+        and (results["dquery"] == 0).all()
+    )
 
 
 def test_names_of_the_backends(kernel):
@@ -250,7 +314,10 @@ def test_names_of_the_backends(kernel):
 def test_explain_says_what_runs(kernel, tensors, monkeypatch):
     qkv, score = tensors
     lines = flash_dmattn.explain(**qkv, attn_bias=score, keep_window_size=16, is_causal=True).splitlines()
-    assert any(line.startswith(f"{kernel.device}: runs") for line in lines) and sum(": runs" in line for line in lines) >= 1
+    assert (
+        any(line.startswith(f"{kernel.device}: runs") for line in lines)
+        and sum(": runs" in line for line in lines) >= 1
+    )
     mask = torch.ones(2, 4, 40, 70, dtype=torch.bool, device=kernel.device)
     dense_lines = flash_dmattn.explain(**qkv, attn_mask=mask).splitlines()
     assert "reference: runs" in dense_lines
@@ -263,7 +330,9 @@ def test_the_environment_forces_a_backend(kernel, tensors):
     qkv, score = tensors
     with forced("reference"):
         first = flash_dmattn_func(**qkv, attn_bias=score, keep_window_size=16, is_causal=True)
-    second = flash_dmattn.flash_dmattn_func_auto("reference")(**qkv, attn_bias=score, keep_window_size=16, is_causal=True)
+    second = flash_dmattn.flash_dmattn_func_auto("reference")(
+        **qkv, attn_bias=score, keep_window_size=16, is_causal=True
+    )
     assert bit_for_bit(first, second)
     count("bitwise")
 
@@ -274,7 +343,18 @@ def test_signatures():
     assert names[:7] == ["query", "key", "value", "attn_mask", "attn_bias", "scale", "is_causal"]
     assert names[7:12] == ["keep_window_size", "attn_score", "expiry", "return_lse", "validate"]
     names = list(inspect.signature(flash_dmattn_varlen_func).parameters)
-    assert names[:11] == ["query", "key", "value", "attn_mask", "attn_bias", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q",
-                          "max_seqlen_k", "scale", "is_causal"]
+    assert names[:11] == [
+        "query",
+        "key",
+        "value",
+        "attn_mask",
+        "attn_bias",
+        "cu_seqlens_q",
+        "cu_seqlens_k",
+        "max_seqlen_q",
+        "max_seqlen_k",
+        "scale",
+        "is_causal",
+    ]
     names = list(inspect.signature(flash_dmattn.select_keys).parameters)
     assert names[:5] == ["attn_score", "keep_window_size", "is_causal", "num_sinks", "local_window"]

@@ -3,18 +3,24 @@
 import dataclasses
 import itertools
 
+import flash_dmattn
 import pytest
 import torch
 
-import flash_dmattn
 from cases import Case, make
 from counters import count
 from kernels import bit_for_bit
 
-BASE = dict(batch=2, seqlen_q=190, seqlen_k=190, heads_q=4, heads_kv=2, head_dim=32, keep_window=32, dlse=True)
+BASE = dict(
+    batch=2, seqlen_q=190, seqlen_k=190, heads_q=4, heads_kv=2, head_dim=32, keep_window=32, dlse=True
+)
 CASES = [
-    Case(**BASE), Case(**BASE, dtype="bf16"), Case(**BASE, dtype="f64"), Case(**BASE, dtype="f16", score="two_values"),
-    Case(**(BASE | dict(keep_window=500, seqlen_q=70))), Case(**(BASE | dict(seqlen_q=130, bias="separate"))),
+    Case(**BASE),
+    Case(**BASE, dtype="bf16"),
+    Case(**BASE, dtype="f64"),
+    Case(**BASE, dtype="f16", score="two_values"),
+    Case(**(BASE | dict(keep_window=500, seqlen_q=70))),
+    Case(**(BASE | dict(seqlen_q=130, bias="separate"))),
     Case(**(BASE | dict(keep_window=None, bias="separate"))),
     Case(**(BASE | dict(batch=1, seqlen_q=2300, seqlen_k=2300, keep_window=64, heads_q=2, heads_kv=1))),
 ]
@@ -34,9 +40,18 @@ def with_ids(cases):
 
 def cut(problem, rows=slice(None), keys=slice(None), batch=slice(None)):
     """A part of an unpacked problem's tokens and batch entries."""
-    axes = {"query": (batch, rows), "dout": (batch, rows), "key": (batch, keys), "value": (batch, keys),
-            "bias": (batch, slice(None), keys), "score": (batch, slice(None), keys), "dlse": (batch, slice(None), rows)}
-    parts = {name: getattr(problem, name)[at] for name, at in axes.items() if getattr(problem, name) is not None}
+    axes = {
+        "query": (batch, rows),
+        "dout": (batch, rows),
+        "key": (batch, keys),
+        "value": (batch, keys),
+        "bias": (batch, slice(None), keys),
+        "score": (batch, slice(None), keys),
+        "dlse": (batch, slice(None), rows),
+    }
+    parts = {
+        name: getattr(problem, name)[at] for name, at in axes.items() if getattr(problem, name) is not None
+    }
     return problem.replace(**parts)
 
 
@@ -73,12 +88,28 @@ def test_a_later_token_changes_nothing_before_it(kernel, case):
             if not isinstance(tensor, torch.Tensor):
                 continue
             axis = 2 if name in ("bias", "score", "dlse") else 1
-            changed[name] = torch.cat([tensor.narrow(axis, 0, first), 3 * getattr(other, name).narrow(
-                axis, first, tensor.shape[axis] - first)], axis)
+            changed[name] = torch.cat(
+                [
+                    tensor.narrow(axis, 0, first),
+                    3 * getattr(other, name).narrow(axis, first, tensor.shape[axis] - first),
+                ],
+                axis,
+            )
         after = kernel.run(problem.replace(**changed))
-        rows = {"out": after["out"][:, :first], "lse": after["lse"][..., :first], "dq": after["dq"][:, :first]}
-        assert_same(rows, {"out": before["out"][:, :first], "lse": before["lse"][..., :first],
-                           "dq": before["dq"][:, :first]}, f"tokens from {first} on changed")
+        rows = {
+            "out": after["out"][:, :first],
+            "lse": after["lse"][..., :first],
+            "dq": after["dq"][:, :first],
+        }
+        assert_same(
+            rows,
+            {
+                "out": before["out"][:, :first],
+                "lse": before["lse"][..., :first],
+                "dq": before["dq"][:, :first],
+            },
+            f"tokens from {first} on changed",
+        )
 
 
 @with_ids([case for case in CASES if case.seqlen_q == case.seqlen_k] + [EDITS])
@@ -88,9 +119,15 @@ def test_appended_tokens_change_nothing(kernel, case):
     for length in (1, case.keep_window or 7, case.seqlen_k // 2 + 3, case.seqlen_k - 1):
         length = min(length, case.seqlen_k)
         part = kernel.run(cut(problem, slice(0, length), slice(0, length)))
-        assert_same({name: part[name] for name in ("out", "lse", "dq")}, {
-            "out": whole["out"][:, :length], "lse": whole["lse"][..., :length], "dq": whole["dq"][:, :length],
-        }, f"the first {length} tokens alone")
+        assert_same(
+            {name: part[name] for name in ("out", "lse", "dq")},
+            {
+                "out": whole["out"][:, :length],
+                "lse": whole["lse"][..., :length],
+                "dq": whole["dq"][:, :length],
+            },
+            f"the first {length} tokens alone",
+        )
 
 
 @with_ids(CASES)
@@ -100,7 +137,11 @@ def test_a_batch_entry_is_what_it_is_alone(kernel, case):
     expiry = kernel.select(problem)
     for b in range(case.batch):
         entry = cut(problem, batch=slice(b, b + 1))
-        assert_same(kernel.run(entry), {name: tensor[b : b + 1] for name, tensor in together.items()}, f"entry {b} alone")
+        assert_same(
+            kernel.run(entry),
+            {name: tensor[b : b + 1] for name, tensor in together.items()},
+            f"entry {b} alone",
+        )
         assert expiry is None or torch.equal(kernel.select(entry), expiry[b : b + 1])
 
 
@@ -113,7 +154,13 @@ def test_permuted_batch(kernel, case):
     assert_same(kernel.run(permuted), wanted, "permuted batch")
 
 
-@with_ids([Case(**(BASE | dict(heads_q=heads_q, heads_kv=3, dtype=dtype))) for dtype in ("f32", "bf16") for heads_q in (3, 9)])
+@with_ids(
+    [
+        Case(**(BASE | dict(heads_q=heads_q, heads_kv=3, dtype=dtype)))
+        for dtype in ("f32", "bf16")
+        for heads_q in (3, 9)
+    ]
+)
 def test_permuted_heads(kernel, case):
     """Key/value heads in another order, each with its group of query heads."""
     problem = make(case).to(kernel.device)
@@ -121,34 +168,68 @@ def test_permuted_heads(kernel, case):
     group = case.heads_q // 3
     order_q = (order_kv[:, None] * group + torch.arange(group, device=kernel.device)).flatten()
     axis = {"query": 2, "dout": 2, "key": 2, "value": 2, "bias": 1, "score": 1, "dlse": 1}
-    permute = {name: getattr(problem, name).index_select(at, order_q if name in ("query", "dout", "dlse") else order_kv)
-               for name, at in axis.items()}
-    axis = {"out": (2, order_q), "lse": (1, order_q), "dq": (2, order_q), "dk": (2, order_kv), "dv": (2, order_kv),
-            "dbias": (1, order_kv)}
+    permute = {
+        name: getattr(problem, name).index_select(
+            at, order_q if name in ("query", "dout", "dlse") else order_kv
+        )
+        for name, at in axis.items()
+    }
+    axis = {
+        "out": (2, order_q),
+        "lse": (1, order_q),
+        "dq": (2, order_q),
+        "dk": (2, order_kv),
+        "dv": (2, order_kv),
+        "dbias": (1, order_kv),
+    }
     wanted = {name: tensor.index_select(*axis[name]) for name, tensor in kernel.run(problem).items()}
     assert_same(kernel.run(problem.replace(**permute)), wanted, "permuted heads")
 
 
-@with_ids([Case(lengths=((40, 70), (0, 3), (90, 90), (1, 1)), heads_q=4, heads_kv=2, dtype=dtype, dlse=True)
-           for dtype in ("f64", "f32", "bf16", "f16")])
+@with_ids(
+    [
+        Case(lengths=((40, 70), (0, 3), (90, 90), (1, 1)), heads_q=4, heads_kv=2, dtype=dtype, dlse=True)
+        for dtype in ("f64", "f32", "bf16", "f16")
+    ]
+)
 def test_a_packed_sequence_is_what_it_is_alone(kernel, case):
     problem = make(case).to(kernel.device)
     together = kernel.run(problem)
     for s in range(len(case.lengths)):
         q, k = (slice(*bounds[s : s + 2].tolist()) for bounds in (problem.cu_seqlens_q, problem.cu_seqlens_k))
         single = [torch.tensor([0, n], dtype=torch.int32, device=kernel.device) for n in case.lengths[s]]
-        alone = kernel.run(problem.replace(
-            query=problem.query[q], key=problem.key[k], value=problem.value[k], dout=problem.dout[q],
-            bias=problem.bias[k], score=problem.score[k], dlse=problem.dlse[:, q],
-            cu_seqlens_q=single[0], cu_seqlens_k=single[1]))
-        wanted = {"out": together["out"][q], "lse": together["lse"][:, q], "dq": together["dq"][q],
-                  "dk": together["dk"][k], "dv": together["dv"][k], "dbias": together["dbias"][k]}
+        alone = kernel.run(
+            problem.replace(
+                query=problem.query[q],
+                key=problem.key[k],
+                value=problem.value[k],
+                dout=problem.dout[q],
+                bias=problem.bias[k],
+                score=problem.score[k],
+                dlse=problem.dlse[:, q],
+                cu_seqlens_q=single[0],
+                cu_seqlens_k=single[1],
+            )
+        )
+        wanted = {
+            "out": together["out"][q],
+            "lse": together["lse"][:, q],
+            "dq": together["dq"][q],
+            "dk": together["dk"][k],
+            "dv": together["dv"][k],
+            "dbias": together["dbias"][k],
+        }
         assert_same(alone, wanted, f"sequence {s} alone")
 
 
-@with_ids([Case(**BASE, dtype=dtype, score=score, causal=causal) for dtype in ("f64", "f32", "bf16", "f16")
-           for score, causal in (("falling", True), ("minus_inf", True), ("nan", False))]
-          + [Case(**(BASE | dict(seqlen_q=1, seqlen_k=300)))])
+@with_ids(
+    [
+        Case(**BASE, dtype=dtype, score=score, causal=causal)
+        for dtype in ("f64", "f32", "bf16", "f16")
+        for score, causal in (("falling", True), ("minus_inf", True), ("nan", False))
+    ]
+    + [Case(**(BASE | dict(seqlen_q=1, seqlen_k=300)))]
+)
 def test_keys_that_no_row_sees_may_hold_anything(kernel, case):
     problem = make(case).to(kernel.device)
     expiry = kernel.select(problem)
@@ -160,9 +241,15 @@ def test_keys_that_no_row_sees_may_hold_anything(kernel, case):
     rows = unseen.transpose(1, 2)[..., None]
     for junk in (torch.nan, torch.inf, -torch.inf):
         # The score that selects stays; what is attended to is another bias, with junk where nobody looks.
-        after = kernel.run(problem.replace(
-            key=problem.key.masked_fill(rows, junk), value=problem.value.masked_fill(rows, junk),
-            bias=problem.bias.masked_fill(unseen, junk), score=None, fixed_expiry=expiry))
+        after = kernel.run(
+            problem.replace(
+                key=problem.key.masked_fill(rows, junk),
+                value=problem.value.masked_fill(rows, junk),
+                bias=problem.bias.masked_fill(unseen, junk),
+                score=None,
+                fixed_expiry=expiry,
+            )
+        )
         assert_same(after, before, f"unseen keys are {junk}")
     for name in ("dk", "dv"):
         assert (before[name].masked_select(rows) == 0).all(), name
@@ -184,12 +271,17 @@ def test_every_subset_of_requires_grad(kernel):
     problem = make(Case(**(BASE | dict(batch=1)))).to(kernel.device)
     whole = kernel.run(problem)
     for needs in itertools.product((True, False), repeat=4):
-        leaves = [tensor.detach().clone().requires_grad_(need)
-                  for tensor, need in zip((problem.query, problem.key, problem.value, problem.bias), needs)]
+        leaves = [
+            tensor.detach().clone().requires_grad_(need)
+            for tensor, need in zip((problem.query, problem.key, problem.value, problem.bias), needs)
+        ]
         out, lse = flash_dmattn.flash_dmattn_func(
-            *leaves[:3], attn_bias=leaves[3], is_causal=True, keep_window_size=32, return_lse=True)
+            *leaves[:3], attn_bias=leaves[3], is_causal=True, keep_window_size=32, return_lse=True
+        )
         assert out.requires_grad == lse.requires_grad == any(needs)
-        assert_same({"out": out, "lse": lse}, {"out": whole["out"], "lse": whole["lse"]}, f"requires_grad {needs}")
+        assert_same(
+            {"out": out, "lse": lse}, {"out": whole["out"], "lse": whole["lse"]}, f"requires_grad {needs}"
+        )
         if any(needs):
             torch.autograd.backward([out, lse], [problem.dout, problem.dlse])
         for name, leaf, need in zip(("dq", "dk", "dv", "dbias"), leaves, needs):

@@ -5,15 +5,19 @@ import re
 import subprocess
 import sys
 
-import pytest
-
 import flash_dmattn
+import pytest
 
 
 def run(*arguments, expected=0, **environment):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment
-    result = subprocess.run([sys.executable, "-m", "flash_dmattn", *arguments], env=environment, capture_output=True, text=True,
-                            timeout=300)
+    result = subprocess.run(
+        [sys.executable, "-m", "flash_dmattn", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == expected, result.stdout + result.stderr
     return result.stdout + result.stderr
 
@@ -35,11 +39,20 @@ def test_check():
 
 
 def test_bench():
-    text = run("bench", "--shape", "1", "256", "4", "2", "32", "--window", "64", "--repeats", "2", "--backward")
+    text = run(
+        "bench", "--shape", "1", "256", "4", "2", "32", "--window", "64", "--repeats", "2", "--backward"
+    )
     assert re.search(r"window 64\s+[\d.]+ ms", text) and re.search(r"[\d.]+ times as fast", text)
 
 
-@pytest.mark.parametrize("arguments, words", [((), "required"), (("fly",), "invalid choice: 'fly'"),
-                                              (("bench", "--shape", "1", "2"), "--shape"), (("bench", "--dtype", "int8"), "int8")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ((), "required"),
+        (("fly",), "invalid choice: 'fly'"),
+        (("bench", "--shape", "1", "2"), "--shape"),
+        (("bench", "--dtype", "int8"), "int8"),
+    ],
+)
 def test_wrong_arguments(arguments, words):
     assert words in run(*arguments, expected=2)

@@ -1,21 +1,37 @@
-"""P11: fake kernels agree with the real ones, and torch.compile(fullgraph=True) takes the calls, forward and backward."""
+"""P11: fake kernels agree with the real ones, and torch.compile(fullgraph=True) takes the calls, forward and
+backward."""
 
+import flash_dmattn
 import pytest
 import torch
+from flash_dmattn import flash_dmattn_func, flash_dmattn_varlen_func
+from flash_dmattn.nn import DynamicMaskAttention
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
-import flash_dmattn
 from cases import Case, make
 from counters import count
-from flash_dmattn import flash_dmattn_func, flash_dmattn_varlen_func
-from flash_dmattn.nn import DynamicMaskAttention
 from kernels import bit_for_bit
 
 CASES = [
-    Case(batch=2, seqlen_q=20, seqlen_k=33, head_dim=16, keep_window=8, dtype=dtype, dlse=True, bias=bias, causal=causal)
-    for dtype, bias, causal in (("f32", "score", True), ("bf16", "separate", False), ("f64", "none", True), ("f16", "score", True))
+    Case(
+        batch=2,
+        seqlen_q=20,
+        seqlen_k=33,
+        head_dim=16,
+        keep_window=8,
+        dtype=dtype,
+        dlse=True,
+        bias=bias,
+        causal=causal,
+    )
+    for dtype, bias, causal in (
+        ("f32", "score", True),
+        ("bf16", "separate", False),
+        ("f64", "none", True),
+        ("f16", "score", True),
+    )
 ] + [
     Case(seqlen_q=20, seqlen_k=20, head_dim=16, keep_window=None, bias="none"),
     Case(lengths=((5, 9), (0, 3), (12, 12)), head_dim=16, keep_window=4, dlse=True),
@@ -25,21 +41,45 @@ with_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 @with_cases
 def test_opcheck(kernel, case):
-    """All of opcheck's utilities on every operator; the derivative with and without each input's requires_grad."""
+    """All of opcheck's utilities on every operator; the derivative with and without each input's
+    requires_grad."""
     problem = make(case).to(kernel.device)
     expiry = kernel.select(problem)
     if problem.score is not None:
-        opcheck(kernel.ops.select.default, (problem.score, problem.keep_window, case.causal, 1, 0, problem.cu_seqlens_k))
+        opcheck(
+            kernel.ops.select.default,
+            (problem.score, problem.keep_window, case.causal, 1, 0, problem.cu_seqlens_k),
+        )
     packed = (problem.cu_seqlens_q, problem.cu_seqlens_k)
     for needs in ((True, True, True, True), (False, True, False, True), (False,) * 4):
-        leaves = [None if tensor is None else tensor.detach().clone().requires_grad_(need)
-                  for tensor, need in zip((problem.query, problem.key, problem.value, problem.bias), needs)]
+        leaves = [
+            None if tensor is None else tensor.detach().clone().requires_grad_(need)
+            for tensor, need in zip((problem.query, problem.key, problem.value, problem.bias), needs)
+        ]
         opcheck(kernel.ops.forward.default, (*leaves, expiry, *packed, problem.scale, case.causal))
         count("property")
     result = kernel.forward(problem, expiry)
-    opcheck(kernel.ops.backward.default, (
-        problem.dout, problem.dlse, problem.query, problem.key, problem.value, problem.bias, expiry, result["out"],
-        result["lse"], *packed, problem.scale, case.causal, True, False, True, problem.bias is not None))
+    opcheck(
+        kernel.ops.backward.default,
+        (
+            problem.dout,
+            problem.dlse,
+            problem.query,
+            problem.key,
+            problem.value,
+            problem.bias,
+            expiry,
+            result["out"],
+            result["lse"],
+            *packed,
+            problem.scale,
+            case.causal,
+            True,
+            False,
+            True,
+            problem.bias is not None,
+        ),
+    )
     count("property", 2)
 
 
@@ -53,15 +93,23 @@ def test_fake_kernels_agree(kernel, case):
         fake_expiry = kernel.select(fake)
         results = kernel.run(fake)
     assert (fake_expiry is None) == (expiry is None)
-    pairs = [(results[name], real[name]) for name in real] + ([] if expiry is None else [(fake_expiry, expiry)])
+    pairs = [(results[name], real[name]) for name in real] + (
+        [] if expiry is None else [(fake_expiry, expiry)]
+    )
     for first, second in pairs:
         assert (first.shape, first.dtype, first.stride(), first.device) == (
-            second.shape, second.dtype, second.stride(), second.device)
+            second.shape,
+            second.dtype,
+            second.stride(),
+            second.device,
+        )
         count("property")
 
 
 def attend(query, key, value, bias):
-    out, lse = flash_dmattn_func(query, key, value, attn_bias=bias, keep_window_size=8, is_causal=True, return_lse=True)
+    out, lse = flash_dmattn_func(
+        query, key, value, attn_bias=bias, keep_window_size=8, is_causal=True, return_lse=True
+    )
     return 2 * out, lse
 
 
@@ -69,7 +117,9 @@ def attend_with_everything(query, key, value, bias):
     expiry = flash_dmattn.select_keys(bias, 8, num_sinks=2, local_window=3)
     mask = torch.ones(query.shape[0], key.shape[1], dtype=torch.bool, device=query.device)
     mask[:, :2] = False
-    out = flash_dmattn_func(query, key, value, attn_bias=bias, attn_mask=mask, expiry=expiry, is_causal=True, scale=0.3)
+    out = flash_dmattn_func(
+        query, key, value, attn_bias=bias, attn_mask=mask, expiry=expiry, is_causal=True, scale=0.3
+    )
     return out, out.float().mean()
 
 
@@ -86,7 +136,9 @@ def compare_compiled(function, compiled, arguments):
 
 
 def arguments_of(kernel, batch, seqlen_q, seqlen_k, heads_q=4, dtype="f32"):
-    problem = make(Case(batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, heads_q=heads_q, head_dim=16, dtype=dtype))
+    problem = make(
+        Case(batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, heads_q=heads_q, head_dim=16, dtype=dtype)
+    )
     problem = problem.to(kernel.device)
     return problem.query, problem.key, problem.value, problem.bias
 
@@ -106,7 +158,11 @@ def test_compiled_with_dynamic_shapes(kernel, function, backend):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
-    for sizes in ((3, 20, 33), (5, 41, 64), (7, 9, 19)):  # no two alike, or the compiler takes them for one size
+    for sizes in (
+        (3, 20, 33),
+        (5, 41, 64),
+        (7, 9, 19),
+    ):  # no two alike, or the compiler takes them for one size
         compare_compiled(function, compiled, arguments_of(kernel, *sizes))
     assert counter.frame_count <= (1 if backend == "aot_eager" else 2)
 
@@ -118,8 +174,16 @@ def test_compiled_packed_sequences(kernel, dynamic):
 
     def function(query, key, value, bias):
         return flash_dmattn_varlen_func(
-            query, key, value, attn_bias=bias, keep_window_size=4, is_causal=True, cu_seqlens_q=problem.cu_seqlens_q,
-            cu_seqlens_k=problem.cu_seqlens_k, return_lse=True)
+            query,
+            key,
+            value,
+            attn_bias=bias,
+            keep_window_size=4,
+            is_causal=True,
+            cu_seqlens_q=problem.cu_seqlens_q,
+            cu_seqlens_k=problem.cu_seqlens_k,
+            return_lse=True,
+        )
 
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     arguments = (problem.query, problem.key, problem.value, problem.bias)
@@ -150,7 +214,9 @@ def test_compiled_autocast(kernel, dynamic):
 def test_compiled_layer(kernel, score_function, dynamic):
     torch._dynamo.reset()
     torch.manual_seed(0)
-    layer = DynamicMaskAttention(32, 4, num_kv_heads=2, keep_window_size=8, score_function=score_function, num_sinks=1)
+    layer = DynamicMaskAttention(
+        32, 4, num_kv_heads=2, keep_window_size=8, score_function=score_function, num_sinks=1
+    )
     layer = layer.to(kernel.device)
     compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic)
     for length in (20, 33) if dynamic else (20,):
@@ -169,6 +235,7 @@ def test_compiled_layer(kernel, score_function, dynamic):
 
 def test_export(kernel):
     """The operators survive torch.export as themselves."""
+
     class Attention(torch.nn.Module):
         def forward(self, query, key, value, bias):
             return flash_dmattn_func(query, key, value, attn_bias=bias, keep_window_size=8, is_causal=True)

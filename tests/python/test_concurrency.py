@@ -1,12 +1,13 @@
-"""P9: calls from several Python threads at once, and from DataLoader workers forked off a process that has used threads."""
+"""P9: calls from several Python threads at once, and from DataLoader workers forked off a process that has
+used threads."""
 
 import threading
 
+import flash_dmattn
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-import flash_dmattn
 from cases import Case, make
 from counters import count
 from judge import KERNELS
@@ -91,7 +92,9 @@ def test_dataloader_workers(kernel, method):
         pytest.skip("CUDA does not survive a fork")
     torch.set_num_threads(2)
     wanted = [kernel.run(make(case)) for case in CASES]  # the pool of this process has threads now
-    loader = DataLoader(Attended(kernel.name), batch_size=None, num_workers=2, multiprocessing_context=method, timeout=120)
+    loader = DataLoader(
+        Attended(kernel.name), batch_size=None, num_workers=2, multiprocessing_context=method, timeout=120
+    )
     indices = []
     for index, results in loader:
         assert_same(results, wanted[index % len(CASES)])
@@ -103,11 +106,19 @@ def test_dataloader_workers(kernel, method):
 def test_backward_on_another_thread_than_forward(kernel):
     problem = make(CASES[0]).to(kernel.device)
     wanted = kernel.run(problem)
-    leaves = [tensor.clone().requires_grad_() for tensor in (problem.query, problem.key, problem.value, problem.bias)]
+    leaves = [
+        tensor.clone().requires_grad_()
+        for tensor in (problem.query, problem.key, problem.value, problem.bias)
+    ]
     out, lse = flash_dmattn.flash_dmattn_func(
-        *leaves[:3], attn_bias=leaves[3], keep_window_size=32, is_causal=True, return_lse=True)
-    thread = threading.Thread(target=lambda: torch.autograd.backward([out, lse], [problem.dout, problem.dlse]))
+        *leaves[:3], attn_bias=leaves[3], keep_window_size=32, is_causal=True, return_lse=True
+    )
+    thread = threading.Thread(
+        target=lambda: torch.autograd.backward([out, lse], [problem.dout, problem.dlse])
+    )
     thread.start()
     thread.join()
-    assert_same(dict(zip(("dq", "dk", "dv", "dbias"), (leaf.grad for leaf in leaves))),
-                {name: wanted[name] for name in ("dq", "dk", "dv", "dbias")})
+    assert_same(
+        dict(zip(("dq", "dk", "dv", "dbias"), (leaf.grad for leaf in leaves))),
+        {name: wanted[name] for name in ("dq", "dk", "dv", "dbias")},
+    )

@@ -1,4 +1,5 @@
-"""Who may import and include whom (docs/architecture.md): read from the sources, so that nothing has to be built."""
+"""Who may import and include whom (docs/architecture.md): read from the sources, so that nothing has to be
+built."""
 
 import ast
 import json
@@ -8,9 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import flash_dmattn
+import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "python" / "flash_dmattn"
@@ -29,14 +29,19 @@ def imports(path):
 
 def test_the_sources_are_found():
     assert len(MODULES) >= 8 and PACKAGE / "reference.py" in MODULES
-    assert Path(flash_dmattn.__file__).parent.resolve() == PACKAGE.resolve() or "site-packages" in flash_dmattn.__file__
+    assert (
+        Path(flash_dmattn.__file__).parent.resolve() == PACKAGE.resolve()
+        or "site-packages" in flash_dmattn.__file__
+    )
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
 def test_torch_is_the_only_dependency_at_run_time(path):
     for module, _ in imports(path):
         top = module.split(".")[0]
-        assert module.startswith(".") or top in ("torch", "flash_dmattn") or top in sys.stdlib_module_names, module
+        assert module.startswith(".") or top in ("torch", "flash_dmattn") or top in sys.stdlib_module_names, (
+            module
+        )
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
@@ -46,17 +51,28 @@ def test_nothing_optimised_imports_the_reference(path):
 
 
 def test_the_reference_stands_alone():
-    assert all(not module.startswith(".") and module.split(".")[0] != "flash_dmattn"
-               for module, _ in imports(PACKAGE / "reference.py"))
+    assert all(
+        not module.startswith(".") and module.split(".")[0] != "flash_dmattn"
+        for module, _ in imports(PACKAGE / "reference.py")
+    )
 
 
 def packages_loaded_by(statement):
-    """Top-level packages, beside torch and the standard library, that the statement loads after `import torch`."""
-    script = f"import json, sys, torch; before = set(sys.modules); {statement}; print(json.dumps(sorted(set(sys.modules) - before)))"
+    """Top-level packages, beside torch and the standard library, that the statement loads after torch."""
+    script = (
+        f"import json, sys, torch; before = set(sys.modules); {statement}; "
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert run.returncode == 0, run.stderr[-2000:]
-    return {name.split(".")[0] for name in json.loads(run.stdout)} - set(sys.stdlib_module_names) - {"torch", "flash_dmattn"}
+    return (
+        {name.split(".")[0] for name in json.loads(run.stdout)}
+        - set(sys.stdlib_module_names)
+        - {"torch", "flash_dmattn"}
+    )
 
 
 def test_import_brings_nothing_but_torch():
@@ -73,8 +89,12 @@ INCLUDE_RULES = {
     "bindings/torch": {"flash_dmattn", "torch", ""},
     "examples/cpp": {"flash_dmattn", ""},
 }
-SOURCES = [path for folder in INCLUDE_RULES for path in sorted((ROOT / folder).rglob("*"))
-           if path.suffix in (".h", ".cpp", ".cc", ".hpp", ".inc")]
+SOURCES = [
+    path
+    for folder in INCLUDE_RULES
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.suffix in (".h", ".cpp", ".cc", ".hpp", ".inc")
+]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -83,9 +103,13 @@ def test_include_rules(path):
     for mark, name in re.findall(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', path.read_text(), re.MULTILINE):
         top = name.split("/")[0] if "/" in name else ""
         if mark == "<":
-            allowed = top in ("", "torch" if folder == "bindings/torch" else "") or (top == "hwy" and folder == "src/cpu")
+            allowed = top in ("", "torch" if folder == "bindings/torch" else "") or (
+                top == "hwy" and folder == "src/cpu"
+            )
         else:
-            test_hook = folder == "bindings/torch" and name == "cpu/bugs.h"  # compiled into the test library alone
+            test_hook = (
+                folder == "bindings/torch" and name == "cpu/bugs.h"
+            )  # compiled into the test library alone
             allowed = top in INCLUDE_RULES[folder] or (top == "hwy" and folder == "src/cpu") or test_hook
         assert allowed, f"{path.relative_to(ROOT)} includes {name}"
 

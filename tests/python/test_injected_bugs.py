@@ -1,8 +1,9 @@
-"""Proof that green means something: with a known bug compiled in and switched on, the checks of this suite fail.
+"""Proof that green means something: with a known bug compiled in and switched on, the checks of this suite
+fail.
 
-The library with the bugs registers the same operators under `flash_dmattn_bugs`, plus `inject(number)`. A compact fixed
-set of cases goes through selection, tiers A, B and C, the identities and the equal-bits checks, first without a bug
-(all pass), then with each (nearly all are caught). What caught what is printed.
+The library with the bugs registers the same operators under `flash_dmattn_bugs`, plus `inject(number)`. A
+compact fixed set of cases goes through selection, tiers A, B and C, the identities and the equal-bits checks,
+first without a bug (all pass), then with each (nearly all are caught). What caught what is printed.
 """
 
 import os
@@ -21,27 +22,38 @@ from properties import all_properties
 from tiers import Failure
 
 FILE = "libflash_dmattn_torch_bugs.so"
-KERNEL = OpsKernel("cpu with bugs", "cpu", ("f64", "f32", "bf16", "f16"), keeps_float32=True, namespace="flash_dmattn_bugs")
+KERNEL = OpsKernel(
+    "cpu with bugs", "cpu", ("f64", "f32", "bf16", "f16"), keeps_float32=True, namespace="flash_dmattn_bugs"
+)
 MISSED_AT_MOST = 1 / 20
 
-BASE = dict(batch=2, seqlen_q=150, seqlen_k=230, heads_q=6, heads_kv=2, head_dim=32, keep_window=40, dlse=True)
+BASE = dict(
+    batch=2, seqlen_q=150, seqlen_k=230, heads_q=6, heads_kv=2, head_dim=32, keep_window=40, dlse=True
+)
 CASES = [
-    Case(**BASE, score="minus_inf"), Case(**BASE, dtype="bf16", bias="separate", score="two_values"),
+    Case(**BASE, score="minus_inf"),
+    Case(**BASE, dtype="bf16", bias="separate", score="two_values"),
     Case(**(BASE | dict(seqlen_q=40, seqlen_k=50)), dtype="f64", score="disabled"),
     Case(**(BASE | dict(keep_window=None)), bias="separate", dtype="f16"),
     Case(**BASE, causal=False, score="quantised"),
     Case(lengths=((30, 70), (0, 3), (90, 90)), heads_q=4, heads_kv=2, head_dim=24, keep_window=16, logit=4.0),
     Case(seqlen_q=1100, seqlen_k=2600, heads_q=2, heads_kv=1, head_dim=8, keep_window=300, dtype="f32"),
 ]
-PROBES = [Probe(dtype=dtype, run=run, keep_window=32, seqlen_q=150, seqlen_k=200, heads_q=6, heads_kv=2, head_dim=32)
-          for dtype in ("f32", "bf16") for run in (1, 2)]
+PROBES = [
+    Probe(
+        dtype=dtype, run=run, keep_window=32, seqlen_q=150, seqlen_k=200, heads_q=6, heads_kv=2, head_dim=32
+    )
+    for dtype in ("f32", "bf16")
+    for run in (1, 2)
+]
 
 
 def library() -> Path | None:
-    """FLASH_DMATTN_BUGS_LIBRARY, or where CMake puts it in build/."""
+    """FLASH_DMATTN_BUGS_LIBRARY, or where CMake or make put it."""
+    build = Path(__file__).parents[2] / "build"
     named = os.environ.get("FLASH_DMATTN_BUGS_LIBRARY")
-    path = Path(named) if named else Path(__file__).parents[2] / "build" / FILE
-    return path if path.is_file() else None
+    candidates = [Path(named)] if named else [build / FILE, build / "cpp" / FILE]
+    return next((path for path in candidates if path.is_file()), None)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +62,10 @@ def bugs(request):
     if path is None:
         if request.config.getoption("--no-bug-library"):
             pytest.skip("asked to do without the library with injectable bugs")
-        pytest.fail(f"build/{FILE} is missing: configure with -DFLASH_DMATTN_BUILD_TESTING=ON "
-                    "-DFLASH_DMATTN_BUILD_TORCH=ON and build, set FLASH_DMATTN_BUGS_LIBRARY, or pass --no-bug-library")
+        pytest.fail(
+            f"build/{FILE} is missing: configure with -DFLASH_DMATTN_BUILD_TESTING=ON "
+            "-DFLASH_DMATTN_BUILD_TORCH=ON and build, set FLASH_DMATTN_BUGS_LIBRARY, or pass --no-bug-library"
+        )
     torch.ops.load_library(path)
     yield KERNEL.ops
     KERNEL.ops.inject(0)
@@ -61,8 +75,10 @@ def prepared():
     """The problems and what is right about them: drawn and computed once for all bugs."""
     problems = [(make(case), case) for case in CASES]
     probes = [(make_probe(probe), probe) for probe in PROBES]
-    return ([(problem, expected(problem)) for problem, _ in problems],
-            [(problem, count_exactly(problem), probe) for problem, probe in probes])
+    return (
+        [(problem, expected(problem)) for problem, _ in problems],
+        [(problem, count_exactly(problem), probe) for problem, probe in probes],
+    )
 
 
 def everything_that_fails(cases, probes) -> list[Failure]:
@@ -81,11 +97,15 @@ def causality(problem) -> list[Failure]:
     changed, before = problem.value.clone(), KERNEL.run(problem)
     changed[:, -5:] *= 3
     after = KERNEL.run(problem.replace(value=changed))
-    return [] if bit_for_bit(before["out"][:, :-5], after["out"][:, :-5]) else [Failure("bitwise", "out", "causality")]
+    return (
+        []
+        if bit_for_bit(before["out"][:, :-5], after["out"][:, :-5])
+        else [Failure("bitwise", "out", "causality")]
+    )
 
 
 def described(failures: list[Failure]) -> str:
-    """"tier B: dk, dv; property: dk": which checks failed on which tensors."""
+    """ "tier B: dk, dv; property: dk": which checks failed on which tensors."""
     by_check: dict[str, set[str]] = {}
     for failure in failures:
         by_check.setdefault(failure.check.split(" (")[0], set()).add(failure.tensor)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from flash_dmattn.nn import DynamicMaskAttention
 from torch.nn import functional
 
 import ranking
 from counters import count
-from flash_dmattn.nn import DynamicMaskAttention
 from kernels import bit_for_bit, forced
 
 B, S, HIDDEN, H, HKV, D, W = 2, 40, 48, 6, 2, 8, 9
@@ -14,7 +14,9 @@ B, S, HIDDEN, H, HKV, D, W = 2, 40, 48, 6, 2, 8, 9
 
 def layer_of(kernel, score_function="exp", dtype=torch.float64, **options):
     torch.manual_seed(0)
-    layer = DynamicMaskAttention(HIDDEN, H, num_kv_heads=HKV, keep_window_size=W, score_function=score_function, **options)
+    layer = DynamicMaskAttention(
+        HIDDEN, H, num_kv_heads=HKV, keep_window_size=W, score_function=score_function, **options
+    )
     layer = layer.to(kernel.device, dtype)
     with torch.no_grad():
         layer.A.copy_(torch.tensor([0.7, -0.4]))
@@ -23,7 +25,9 @@ def layer_of(kernel, score_function="exp", dtype=torch.float64, **options):
 
 def hidden_of(kernel, dtype=torch.float64, *shape):
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(shape or (B, S, HIDDEN), generator=generator, dtype=torch.float64).to(kernel.device, dtype)
+    return torch.randn(shape or (B, S, HIDDEN), generator=generator, dtype=torch.float64).to(
+        kernel.device, dtype
+    )
 
 
 def composed(layer, hidden, score_function, mask=None, sinks=0, local=0):
@@ -39,15 +43,21 @@ def composed(layer, hidden, score_function, mask=None, sinks=0, local=0):
     sees = (position <= position[:, None]) & (position[:, None] < expiry[..., None, :])
     value = flat.unflatten(-1, (HKV, D))
     key, value = key.repeat_interleave(H // HKV, 2), value.repeat_interleave(H // HKV, 2)
-    logits = torch.einsum("bqhd,bkhd->bhqk", query, key) * D**-0.5 + score.repeat_interleave(H // HKV, 1)[:, :, None]
+    logits = (
+        torch.einsum("bqhd,bkhd->bhqk", query, key) * D**-0.5
+        + score.repeat_interleave(H // HKV, 1)[:, :, None]
+    )
     logits = logits.masked_fill(~sees.repeat_interleave(H // HKV, 1), -torch.inf)
     weights = torch.softmax(logits, -1).nan_to_num(0)
     return layer.o_proj(torch.einsum("bhqk,bkhd->bqhd", weights, value).flatten(2))
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("options", [dict(), dict(num_sinks=3), dict(local_window=12), dict(qkv_bias=True, dt_bias=True, out_bias=True)],
-                         ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(num_sinks=3), dict(local_window=12), dict(qkv_bias=True, dt_bias=True, out_bias=True)],
+    ids=str,
+)
 @pytest.mark.parametrize("score_function", ["exp", "linear"])
 def test_equals_its_composition(kernel, score_function, options, padded):
     layer = layer_of(kernel, score_function, **options)
@@ -57,14 +67,19 @@ def test_equals_its_composition(kernel, score_function, options, padded):
         mask = torch.ones(B, S, dtype=torch.bool, device=kernel.device)
         mask[0, :5], mask[1, 33:] = False, False
     results = []
-    by_hand = lambda: composed(layer, hidden, score_function, mask, options.get("num_sinks", 0), options.get("local_window", 0))  # noqa: E731
-    for call in (lambda: layer(hidden, attn_mask=mask), by_hand):
+    extras = options.get("num_sinks", 0), options.get("local_window", 0)
+    for call in (
+        lambda: layer(hidden, attn_mask=mask),
+        lambda: composed(layer, hidden, score_function, mask, *extras),
+    ):
         layer.zero_grad()
         out = call()
         (out * torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)).sum().backward()
         results.append([out, *(parameter.grad.clone() for parameter in layer.parameters())])
     for name, first, second in zip(["out", *(name for name, _ in layer.named_parameters())], *results):
-        torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-11, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(
+            first, second, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}"
+        )
         count("property")
 
 
@@ -124,7 +139,8 @@ def test_packed_equals_separate(kernel, score_function):
 
 
 def test_rotary_embeddings_turn_queries_and_keys(kernel):
-    """A rotation by the position leaves the attention a function of distance: shifting all angles changes nothing."""
+    """A rotation by the position leaves the attention a function of distance: shifting all angles changes
+    nothing."""
     layer = layer_of(kernel, qk_norm=True)
     hidden = hidden_of(kernel)
     frequency = 100.0 ** (-torch.arange(0, D, 2, device=kernel.device, dtype=torch.float64) / D)
@@ -150,15 +166,26 @@ def test_scores_are_float32_in_half_precision(kernel, dtype):
     with torch.autocast(kernel.device, dtype=dtype):
         wide = layer_of(kernel, "exp", torch.float32)
         score, _ = wide.selection(hidden_of(kernel, torch.float32))
-        assert score.dtype == torch.float32 and wide(hidden_of(kernel, torch.float32)).dtype == dtype  # as of nn.Linear
+        assert (
+            score.dtype == torch.float32 and wide(hidden_of(kernel, torch.float32)).dtype == dtype
+        )  # as of nn.Linear
     count("property", 4)
 
 
 def test_state_dict_deepcopy_and_meta_device(kernel):
     layer = layer_of(kernel, qkv_bias=True, qk_norm=True)
     names = set(layer.state_dict())
-    assert {"A", "dt_proj.weight", "q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"} <= names
-    meta = DynamicMaskAttention(HIDDEN, H, num_kv_heads=HKV, keep_window_size=W, qkv_bias=True, qk_norm=True, device="meta")
+    assert {
+        "A",
+        "dt_proj.weight",
+        "q_proj.weight",
+        "k_proj.weight",
+        "v_proj.weight",
+        "o_proj.weight",
+    } <= names
+    meta = DynamicMaskAttention(
+        HIDDEN, H, num_kv_heads=HKV, keep_window_size=W, qkv_bias=True, qk_norm=True, device="meta"
+    )
     other = meta.to_empty(device=kernel.device).to(torch.float64)
     other.reset_parameters()
     assert all(torch.isfinite(parameter).all() for parameter in other.parameters()) and (other.A == 0).all()
@@ -178,9 +205,12 @@ def test_the_reference_backend_runs_the_layer_too(kernel):
 
 
 def test_a_small_model_learns(kernel):
-    """Copying the token that a marker announced 20 tokens before needs a key that the sliding start does not keep."""
+    """Copying the token that a marker announced 20 tokens before needs a key that the sliding start does not
+    keep."""
     torch.manual_seed(0)
-    layer = DynamicMaskAttention(32, 4, num_kv_heads=2, keep_window_size=8, score_function="linear").to(kernel.device)
+    layer = DynamicMaskAttention(32, 4, num_kv_heads=2, keep_window_size=8, score_function="linear").to(
+        kernel.device
+    )
     embed, head = torch.nn.Embedding(10, 32).to(kernel.device), torch.nn.Linear(32, 10).to(kernel.device)
     parameters = [*layer.parameters(), *embed.parameters(), *head.parameters()]
     optimiser = torch.optim.Adam(parameters, lr=1e-2)

@@ -1,9 +1,9 @@
 """P6: any strides and offsets give the bits that contiguous tensors give; inputs stay as they are."""
 
+import flash_dmattn
 import pytest
 import torch
 
-import flash_dmattn
 from cases import Case, make
 from counters import count
 from kernels import bit_for_bit
@@ -14,24 +14,30 @@ INPUTS = ("query", "key", "value", "bias", "score", "dout", "dlse")
 
 def swapped(first, second):
     """Two axes exchanged in memory: [B, S, H, D] stored as [B, H, S, D], and so on."""
+
     def form(tensor):
         if tensor.dim() <= max(first, second):
             return tensor
         return tensor.transpose(first, second).contiguous().transpose(first, second)
+
     return form
 
 
 def offset(elements):
     def form(tensor):
         junk = tensor.new_full((elements,), torch.nan)
-        return torch.cat([junk, tensor.flatten(), junk])[elements : elements + tensor.numel()].view(tensor.shape)
+        return torch.cat([junk, tensor.flatten(), junk])[elements : elements + tensor.numel()].view(
+            tensor.shape
+        )
+
     return form
 
 
 def fused(tensor):
     """A slice of a larger projection, as q, k, v of one matrix product are."""
     return torch.cat([torch.full_like(tensor, torch.nan), tensor, torch.full_like(tensor, torch.nan)], -1)[
-        ..., tensor.shape[-1] : 2 * tensor.shape[-1]]
+        ..., tensor.shape[-1] : 2 * tensor.shape[-1]
+    ]
 
 
 def every_other(tensor):
@@ -48,9 +54,14 @@ def negated_view(tensor):
 
 
 FORMS = {
-    "BHSD": swapped(1, 2), "SBHD": swapped(0, 1), "BSDH": swapped(2, 3), "DSHB": swapped(0, 3),
-    **{f"offset {n}": offset(n) for n in (1, 3, 8, 15)},
-    "fused": fused, "every other": every_other, "negated view": negated_view,
+    "BHSD": swapped(1, 2),
+    "SBHD": swapped(0, 1),
+    "BSDH": swapped(2, 3),
+    "DSHB": swapped(0, 3),
+    **{f"offset {n}": offset(n) for n in (1, 3)},
+    "fused": fused,
+    "every other": every_other,
+    "negated view": negated_view,
 }
 
 
@@ -71,17 +82,43 @@ def test_layout(kernel, form, dtype):
     assert torch.equal(kernel.select(changed), expiry)
     assert_same(kernel.run(changed), wanted, form)
     # What forward gave backward, and expiry, may have been moved as well.
-    selection = expiry if form in ("negated view",) or form.startswith(("offset", "fused", "every")) else FORMS[form](expiry)
+    selection = (
+        expiry
+        if form in ("negated view",) or form.startswith(("offset", "fused", "every"))
+        else FORMS[form](expiry)
+    )
     moved = {name: FORMS[form](wanted[name]) for name in ("out", "lse")}
-    assert_same(kernel.backward(changed, selection, moved["out"], moved["lse"]),
-                {name: wanted[name] for name in ("dq", "dk", "dv", "dbias")}, form)
+    assert_same(
+        kernel.backward(changed, selection, moved["out"], moved["lse"]),
+        {name: wanted[name] for name in ("dq", "dk", "dv", "dbias")},
+        form,
+    )
     for name in INPUTS:
         assert bit_for_bit(getattr(changed, name), before[name]), f"{name} was changed"
 
 
 @pytest.mark.parametrize("dtype", ["f64", "f32", "bf16", "f16"])
+def test_every_offset_from_0_to_15(kernel, dtype):
+    problem = make(Case(**BASE, dtype=dtype)).to(kernel.device)
+    wanted = kernel.run(problem)
+    for elements in range(16):
+        moved = problem.replace(**{name: offset(elements)(getattr(problem, name)) for name in INPUTS})
+        assert_same(kernel.run(moved), wanted, f"offset {elements}")
+
+
+@pytest.mark.parametrize("dtype", ["f64", "f32", "bf16", "f16"])
 def test_size_one_axes_have_no_stride(kernel, dtype):
-    case = Case(batch=1, seqlen_q=1, seqlen_k=70, heads_q=1, heads_kv=1, head_dim=24, keep_window=16, dtype=dtype, dlse=True)
+    case = Case(
+        batch=1,
+        seqlen_q=1,
+        seqlen_k=70,
+        heads_q=1,
+        heads_kv=1,
+        head_dim=24,
+        keep_window=16,
+        dtype=dtype,
+        dlse=True,
+    )
     problem = make(case).to(kernel.device)
 
     def absurd(tensor):
@@ -102,7 +139,10 @@ def test_expanded_inputs(kernel, axis, dtype):
     axes = {"query": axis, "key": axis, "value": axis, "dout": axis}
     if axis < 3:
         axes |= {"bias": axis, "score": axis, "dlse": axis}
-    expanded = {name: getattr(problem, name).narrow(at, 0, 1).expand_as(getattr(problem, name)) for name, at in axes.items()}
+    expanded = {
+        name: getattr(problem, name).narrow(at, 0, 1).expand_as(getattr(problem, name))
+        for name, at in axes.items()
+    }
     repeated = problem.replace(**{name: tensor.contiguous() for name, tensor in expanded.items()})
     assert_same(kernel.run(problem.replace(**expanded)), kernel.run(repeated), f"expanded along {axis}")
 
@@ -120,8 +160,13 @@ def test_the_gradient_of_a_sum_is_expanded(kernel):
     problem = make(Case(**BASE)).to(kernel.device)
     grads = []
     for reduce in (lambda out: out.sum(), lambda out: (out * torch.ones_like(out)).sum()):
-        leaves = [tensor.clone().requires_grad_() for tensor in (problem.query, problem.key, problem.value, problem.bias)]
-        out = flash_dmattn.flash_dmattn_func(*leaves[:3], attn_bias=leaves[3], is_causal=True, keep_window_size=16)
+        leaves = [
+            tensor.clone().requires_grad_()
+            for tensor in (problem.query, problem.key, problem.value, problem.bias)
+        ]
+        out = flash_dmattn.flash_dmattn_func(
+            *leaves[:3], attn_bias=leaves[3], is_causal=True, keep_window_size=16
+        )
         reduce(out).backward()
         grads.append({str(index): leaf.grad for index, leaf in enumerate(leaves)})
     assert_same(*grads, "sum().backward()")
@@ -130,7 +175,11 @@ def test_the_gradient_of_a_sum_is_expanded(kernel):
 @pytest.mark.parametrize("form", ["BHSD", "fused", "every other", "offset 3"])
 def test_packed_layouts(kernel, form):
     form = {"BHSD": swapped(0, 1)}.get(form) or FORMS[form]
-    problem = make(Case(lengths=((20, 30), (0, 4), (33, 33)), heads_q=4, heads_kv=2, head_dim=24, keep_window=8, dlse=True))
+    problem = make(
+        Case(
+            lengths=((20, 30), (0, 4), (33, 33)), heads_q=4, heads_kv=2, head_dim=24, keep_window=8, dlse=True
+        )
+    )
     problem = problem.to(kernel.device)
     changed = problem.replace(**{name: form(getattr(problem, name)) for name in INPUTS})
     assert_same(kernel.run(changed), kernel.run(problem), "packed")

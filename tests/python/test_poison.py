@@ -1,7 +1,8 @@
 """What a call must not depend on or touch: memory it did not write, memory around its tensors, its inputs.
 
-PyTorch can fill every allocation with NaN (and the largest integer); glibc can fill it with any byte. Results must
-have the same bits under both. Guard bands around the inputs hold NaN: reading one poisons a result, writing one shows.
+PyTorch can fill every allocation with NaN (and the largest integer); glibc can fill it with any byte. Results
+must have the same bits under both. Guard bands around the inputs hold NaN: reading one poisons a result,
+writing one shows.
 """
 
 import os
@@ -17,13 +18,25 @@ from cases import Case, make
 from counters import count
 from kernels import bit_for_bit
 
-BASE = dict(batch=2, seqlen_q=100, seqlen_k=170, heads_q=4, heads_kv=2, head_dim=40, keep_window=32, dlse=True)
+BASE = dict(
+    batch=2, seqlen_q=100, seqlen_k=170, heads_q=4, heads_kv=2, head_dim=40, keep_window=32, dlse=True
+)
 CASES = [
     *(Case(**BASE, dtype=dtype, score="minus_inf") for dtype in ("f64", "f32", "bf16", "f16")),
-    Case(**BASE, score="disabled"), Case(**BASE, causal=False), Case(**(BASE | dict(keep_window=None)), bias="separate"),
-    Case(lengths=((3, 9), (0, 5), (0, 0), (70, 130)), heads_q=6, heads_kv=2, head_dim=33, keep_window=16, dlse=True),
+    Case(**BASE, score="disabled"),
+    Case(**BASE, causal=False),
+    Case(**(BASE | dict(keep_window=None)), bias="separate"),
+    Case(
+        lengths=((3, 9), (0, 5), (0, 0), (70, 130)),
+        heads_q=6,
+        heads_kv=2,
+        head_dim=33,
+        keep_window=16,
+        dlse=True,
+    ),
     Case(**(BASE | dict(batch=1, seqlen_q=2200, seqlen_k=2200, heads_q=2, heads_kv=1, keep_window=64))),
-    Case(**(BASE | dict(seqlen_q=0))), Case(**(BASE | dict(seqlen_q=3, seqlen_k=0)), causal=False),
+    Case(**(BASE | dict(seqlen_q=0))),
+    Case(**(BASE | dict(seqlen_q=3, seqlen_k=0)), causal=False),
 ]
 with_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
@@ -58,7 +71,9 @@ def test_nan_in_uninitialised_memory(kernel, case, monkeypatch):
         with torch.profiler.profile() as profile:
             poisoned = kernel.run(problem)
     events = {event.key: event.count for event in profile.key_averages()}
-    assert events.get("aten::fill_", 0) >= events.get("aten::empty", 0) > 0, "the operators' own memory was not filled"
+    assert events.get("aten::fill_", 0) >= events.get("aten::empty", 0) > 0, (
+        "the operators' own memory was not filled"
+    )
     for name, tensor in clean.items():
         assert bit_for_bit(tensor, poisoned[name]), name
         count("bitwise")
@@ -66,26 +81,30 @@ def test_nan_in_uninitialised_memory(kernel, case, monkeypatch):
 
 PRINT_DIGESTS = """
 import hashlib, sys
+import torch
 sys.path.insert(0, {directory!r})
 from judge import KERNELS
 from cases import make
 from test_poison import CASES
 for case in CASES:
     for name, tensor in sorted(KERNELS[{kernel!r}].run(make(case)).items()):
-        bits = tensor.detach().contiguous().flatten().view(__import__("torch").uint8).numpy().tobytes()
+        bits = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         print(case.id, name, hashlib.sha256(bits).hexdigest())
 """
 
 
 def test_large_numbers_in_uninitialised_memory(kernel):
-    """malloc fills what it returns with 0x7f (3.4e38 in float32), 0xff would be NaN, 0x01 is tiny: always the same bits."""
+    """malloc fills what it returns with 0x7f (3.4e38 in float32), 0xff would be NaN, 0x01 is tiny: always the
+    same bits."""
     if kernel.device != "cpu":
         pytest.skip("malloc lends memory of the CPU")
     script = PRINT_DIGESTS.format(directory=str(Path(__file__).parent), kernel=kernel.name)
     digests = set()
     for byte in ("0", str(0xFF ^ 0x7F), str(0xFF ^ 0x01)):
         environment = os.environ | {"MALLOC_PERTURB_": byte, "PYTHONPATH": os.pathsep.join(sys.path)}
-        run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+        run = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300
+        )
         assert run.returncode == 0, run.stderr[-2000:]
         digests.add(run.stdout)
     assert len(digests) == 1 and len(digests.pop().splitlines()) >= 5 * len(CASES)
@@ -93,11 +112,13 @@ def test_large_numbers_in_uninitialised_memory(kernel):
 
 
 def with_guards(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(view, buffer): the tensor's values at the same shape within a buffer that holds NaN everywhere else: before and
-    after, in gaps between rows, and beyond the end of every row."""
+    """(view, buffer): the tensor's values at the same shape within a buffer that holds NaN everywhere else:
+    before and after, in gaps between rows, and beyond the end of every row."""
     *lead, last = tensor.shape
     junk = torch.nan if tensor.is_floating_point() else -(2**31)
-    buffer = torch.full([size + 2 for size in lead] + [last + 13], junk, dtype=tensor.dtype, device=tensor.device)
+    buffer = torch.full(
+        [size + 2 for size in lead] + [last + 13], junk, dtype=tensor.dtype, device=tensor.device
+    )
     view = buffer[(*(slice(1, size + 1) for size in lead), slice(5, last + 5))]
     view.copy_(tensor)
     return view, buffer
@@ -114,8 +135,13 @@ def test_guard_bands_and_gaps_are_neither_read_nor_written(kernel, case):
         view, buffers[name] = with_guards(tensor)
         return view
 
-    guarded = problem.replace(**{name: guard(name, tensor) for name, tensor in vars(problem).items()
-                                 if isinstance(tensor, torch.Tensor)})
+    guarded = problem.replace(
+        **{
+            name: guard(name, tensor)
+            for name, tensor in vars(problem).items()
+            if isinstance(tensor, torch.Tensor)
+        }
+    )
     before = {name: buffer.clone() for name, buffer in buffers.items()}
     results = kernel.run(guarded)
     for name, tensor in clean.items():

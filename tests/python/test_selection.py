@@ -1,7 +1,7 @@
 """P1: selection is exact under the documented order. Integers, so every comparison is equality.
 
-The heap is held against the definition on every small score vector, the kernels against both: exhaustively where the
-vectors are short, against the heap where they are long, odd or strange.
+The heap is held against the definition on every small score vector, the kernels against both: exhaustively
+where the vectors are short, against the heap where they are long, odd or strange.
 """
 
 import itertools
@@ -24,8 +24,8 @@ def assert_equals_heap(kernel, score, keep_window, causal=True, num_sinks=0, loc
     wrong = (actual.cpu() != wanted).nonzero()
     at = tuple(wrong[0].tolist()) if len(wrong) else ()
     assert not len(wrong), (
-        f"{len(wrong)} of {actual.numel()} expiries differ from the heap's (w={keep_window}, causal={causal}, "
-        f"sinks={num_sinks}, local={local_window}, {score.dtype}); first {list(at)}: got {actual[at]}, "
+        f"{len(wrong)} of {actual.numel()} expiries are not the heap's: w={keep_window}, causal={causal}, "
+        f"sinks={num_sinks}, local={local_window}, {score.dtype}; first {list(at)}: got {actual[at]}, "
         f"heap {wanted[at]}, score {score[at]}"
     )
     count("selection", actual.numel())
@@ -63,15 +63,19 @@ def test_every_short_score_vector(kernel, dtype, causal):
                 wanted = np.where((counts[:, -1] < keep_window) & enabled, length, np.arange(length))
             actual = kernel.select_keys(batch, keep_window, causal).cpu().numpy()[:, 0]
             wrong = np.argwhere((actual != wanted).any(1))
-            assert not len(wrong), (f"w={keep_window}, scores {scores[wrong[0, 0]]}: got {actual[wrong[0, 0]]}, "
-                                    f"by definition {wanted[wrong[0, 0]]}")
+            assert not len(wrong), (
+                f"w={keep_window}, scores {scores[wrong[0, 0]]}: got {actual[wrong[0, 0]]}, "
+                f"by definition {wanted[wrong[0, 0]]}"
+            )
             count("selection", actual.size)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", [kind for kind in SCORES if kind != "tiny"])
 def test_random_scores(kernel, kind, dtype):
-    for seed, (length, windows) in enumerate(((1, (1, 2)), (7, (1, 3, 7, 8)), (300, WINDOWS), (2500, (1, 33, 256, 1024)))):
+    for seed, (length, windows) in enumerate(
+        ((1, (1, 2)), (7, (1, 3, 7, 8)), (300, WINDOWS), (2500, (1, 33, 256, 1024)))
+    ):
         score = draw_score(kind, (2, 2, length), DTYPES[dtype], seed).to(kernel.device)
         for keep_window in windows:
             assert_equals_heap(kernel, score, keep_window)
@@ -108,15 +112,19 @@ def test_random_bit_patterns(kernel, dtype):
 
 
 def test_float64_scores_are_ranked_in_float64(kernel):
-    score = (1 + torch.randperm(500, generator=torch.Generator().manual_seed(3)) * 2.0**-50).double()[None, None]
+    score = (1 + torch.randperm(500, generator=torch.Generator().manual_seed(3)) * 2.0**-50).double()[
+        None, None
+    ]
     assert len(score.float().unique()) == 1
     for keep_window in (1, 20, 499):
         assert_equals_heap(kernel, score.to(kernel.device), keep_window)
 
 
 @pytest.mark.parametrize("kind", ["normal", "equal", "minus_inf", "nan", "disabled", "falling"])
-@pytest.mark.parametrize("num_sinks, local_window", [(1, 0), (4, 0), (0, 1), (0, 7), (3, 300), (10**6, 0), (0, 2**31 - 1),
-                                                     (2**31 - 1, 2**31 - 1), (5, 65)])
+@pytest.mark.parametrize(
+    "num_sinks, local_window",
+    [(1, 0), (4, 0), (0, 1), (0, 7), (3, 300), (10**6, 0), (0, 2**31 - 1), (2**31 - 1, 2**31 - 1), (5, 65)],
+)
 def test_sinks_and_local_keys_come_on_top(kernel, kind, num_sinks, local_window):
     score = draw_score(kind, (2, 2, 200), torch.float32).to(kernel.device)
     for keep_window in (1, 16, 200):
@@ -171,5 +179,7 @@ def test_a_prefix_selects_as_it_does_in_the_whole(kernel):
     score = draw_score("quantised", (1, 2, 3000), torch.float32).to(kernel.device)
     whole = kernel.select_keys(score, 200)
     for length in (1, 199, 200, 201, 1024, 2048, 2999):
-        assert torch.equal(kernel.select_keys(score[..., :length], 200), whole[..., :length].clamp(max=length))
+        assert torch.equal(
+            kernel.select_keys(score[..., :length], 200), whole[..., :length].clamp(max=length)
+        )
         count("selection", 2 * length)

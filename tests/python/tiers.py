@@ -1,9 +1,9 @@
-"""How far from the exact answer a result may be: the only place in the suite that holds a tolerance for attention.
+"""How far from the exact answer a result may be: the suite's tolerances for attention, all of them.
 
 Tier A (probe.py) compares structure exactly. Tier B holds every element against its own bound, |x - ref| <=
-u_o |ref| + Z sigma + floor, with sigma from the oracle's terms. Tier C holds the error of a whole tensor against the
-sum of the variances. A kernel is judged by the rule of its input type and, if it keeps P and dS in float32 although
-its inputs are narrower, by the tighter rule that this earns as well.
+u_o |ref| + Z sigma + floor, with sigma from the oracle's terms. Tier C holds the error of a whole tensor
+against the sum of the variances. A kernel is judged by the rule of its input type and, if it keeps P and dS
+in float32 although its inputs are narrower, by the tighter rule that this earns as well.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,18 @@ from counters import count
 from oracle import FLOAT32, Answer, Expected
 
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: FLOAT32, torch.float64: 2.0**-53}
-SMALLEST = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24, torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
+SMALLEST = {
+    torch.bfloat16: 2.0**-133,
+    torch.float16: 2.0**-24,
+    torch.float32: 2.0**-149,
+    torch.float64: 2.0**-1074,
+}
 # A weight below this may vanish: float32 exponentials may flush subnormals, and their products underflow.
 VANISHES = {torch.float64: 2.0**-1000, torch.float32: 2.0**-100}
 CONTIGUOUS = ("out", "lse", "dq", "dk", "dv", "dbias")
 DBIAS_UNIT = 2.0**-22  # float32 dbias is a float32 sum of float32 terms
-FLOAT64_RTOL = 1e-12  # of the absolute sum, in float64; more where logits beyond 64 lose digits of the exponent
+# Of the absolute sum, in float64; more where logits beyond 64 lose digits of the exponential.
+FLOAT64_RTOL = 1e-12
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,10 @@ def rules(dtype: torch.dtype, largest_logit: float, keeps_float32: bool) -> list
 
 def variance(answer: Answer, rule: Rule) -> torch.Tensor:
     return (
-        rule.matrix**2 * answer.matrix + (rule.output / 2) ** 2 * answer.output
-        + rule.logit**2 * answer.logit + answer.exact
+        rule.matrix**2 * answer.matrix
+        + (rule.output / 2) ** 2 * answer.output
+        + rule.logit**2 * answer.logit
+        + answer.exact
     )
 
 
@@ -86,8 +94,12 @@ def tier_b(tensor: str, actual: torch.Tensor, answer: Answer, rule: Rule) -> Fai
     finite = torch.isfinite(ref)
     strange = ((x != ref) & ~(x.isnan() & ref.isnan())) & (~finite | ~torch.isfinite(x))
     if strange.any():
-        return Failure(check, tensor, f"{int(strange.sum())} elements are not finite where they should be, or are "
-                       f"where they should not; first {_element(x, ref, int(strange.flatten().int().argmax()))}")
+        return Failure(
+            check,
+            tensor,
+            f"{int(strange.sum())} elements are not finite where they should be, or are "
+            f"where they should not; first {_element(x, ref, int(strange.flatten().int().argmax()))}",
+        )
     count("tier B", x.numel())
     if x.numel() == 0:
         return None
@@ -98,16 +110,22 @@ def tier_b(tensor: str, actual: torch.Tensor, answer: Answer, rule: Rule) -> Fai
         return None
     excess = (error / allowed.clamp(min=2.0**-1074)).where(bad, torch.zeros(()).double())
     worst = int(excess.flatten().argmax())
-    return Failure(check, tensor, f"{int(bad.sum())} of {bad.numel()} elements beyond their bound; worst "
-                   f"{_element(x, ref, worst)}, error {error.flatten()[worst]:.3g}, "
-                   f"allowed {allowed.flatten()[worst]:.3g}")
+    return Failure(
+        check,
+        tensor,
+        f"{int(bad.sum())} of {bad.numel()} elements beyond their bound; worst "
+        f"{_element(x, ref, worst)}, error {error.flatten()[worst]:.3g}, "
+        f"allowed {allowed.flatten()[worst]:.3g}",
+    )
 
 
 def aggregate_limit(tensor: str, answer: Answer, query_rows: int) -> float:
-    """1, and more where few independent errors are summed: their mean square then scatters around its expectation.
+    """1, and more where few independent errors are summed: their mean square then scatters around its
+    expectation.
 
-    A row's weights reach all of its channels, and through delta so does the rounding of its output: there are about
-    as many independent errors as query rows. In dbias even the rows may add up alike, where they see the same keys.
+    A row's weights reach all of its channels, and through delta so does the rounding of its output: there are
+    about as many independent errors as query rows. In dbias even the rows may add up alike, where they see
+    the same keys.
     """
     independent = 1 if tensor == "dbias" else min(query_rows, answer.value.numel())
     return max(1.0, (0.75 * (1 + 7 * (2 / max(1, independent)) ** 0.5)) ** 0.5)
@@ -127,30 +145,49 @@ def tier_c(tensor: str, actual: torch.Tensor, answer: Answer, rule: Rule, limit:
     count("tier C")
     if ratio <= limit:
         return None
-    return Failure(f"tier C ({rule.name})", tensor, f"aggregate error is {ratio:.3g} of its budget, allowed {limit:.3g}")
+    return Failure(
+        f"tier C ({rule.name})", tensor, f"aggregate error is {ratio:.3g} of its budget, allowed {limit:.3g}"
+    )
 
 
-def contract(results: dict[str, torch.Tensor], dtype: torch.dtype, answers: dict[str, Answer],
-             contiguous: tuple[str, ...]) -> list[Failure]:
+def contract(
+    results: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    answers: dict[str, Answer],
+    contiguous: tuple[str, ...],
+) -> list[Failure]:
     """Shape, dtype and strides of every result; dbias and lse come in the accumulation type."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     failures = []
     for tensor, actual in results.items():
         wanted = (tuple(answers[tensor].value.shape), wide if tensor in ("lse", "dbias") else dtype)
         if (tuple(actual.shape), actual.dtype) != wanted:
-            failures.append(Failure("contract", tensor, f"is {tuple(actual.shape)} {actual.dtype}, "
-                                    f"should be {wanted[0]} {wanted[1]}"))
+            failures.append(
+                Failure(
+                    "contract",
+                    tensor,
+                    f"is {tuple(actual.shape)} {actual.dtype}, should be {wanted[0]} {wanted[1]}",
+                )
+            )
         elif tensor in contiguous and not actual.is_contiguous():
-            failures.append(Failure("contract", tensor, f"has strides {actual.stride()}, should be contiguous"))
+            failures.append(
+                Failure("contract", tensor, f"has strides {actual.stride()}, should be contiguous")
+            )
     return failures
 
 
-def judge(results: dict[str, torch.Tensor], expected: Expected, dtype: torch.dtype, keeps_float32: bool,
-          contiguous: tuple[str, ...] = CONTIGUOUS, least_limit: float = 1.0) -> list[Failure]:
+def judge(
+    results: dict[str, torch.Tensor],
+    expected: Expected,
+    dtype: torch.dtype,
+    keeps_float32: bool,
+    contiguous: tuple[str, ...] = CONTIGUOUS,
+    least_limit: float = 1.0,
+) -> list[Failure]:
     """Everything that is wrong with results: tensors named as in expected.tensors; some may be absent.
 
-    contiguous: the tensors that have to be. least_limit: of tier C, for problems whose error a few large weights may
-    dominate.
+    contiguous: the tensors that have to be. least_limit: of tier C, for problems whose error a few large
+    weights may dominate.
     """
     failures = contract(results, dtype, expected.tensors, contiguous)
     broken = {failure.tensor for failure in failures if "should be (" in failure.detail}
