@@ -256,6 +256,30 @@ def test_keys_that_no_row_sees_may_hold_anything(kernel, case):
     assert (before["dbias"][unseen] == 0).all()
 
 
+@pytest.mark.parametrize("windowed", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", ["f64", "f32", "bf16", "f16"])
+def test_keys_that_a_bias_disables_may_hold_anything(kernel, dtype, causal, windowed):
+    """A bias of -inf disables its key even where expiry shows it."""
+    window = dict(keep_window=32 if windowed else None, dtype=dtype, causal=causal, bias="separate")
+    problem = make(Case(**(BASE | window))).to(kernel.device)
+    disabled = (
+        torch.rand(problem.bias.shape, generator=torch.Generator().manual_seed(1)).to(kernel.device) < 0.3
+    )
+    expiry = None if problem.score is None else kernel.select(problem)
+    problem = problem.replace(
+        bias=problem.bias.masked_fill(disabled, -torch.inf), score=None, fixed_expiry=expiry
+    )
+    before = kernel.run(problem)
+    rows = disabled.transpose(1, 2)[..., None]
+    for junk in (torch.nan, torch.inf):
+        key, value = problem.key.masked_fill(rows, junk), problem.value.masked_fill(rows, junk)
+        assert_same(kernel.run(problem.replace(key=key, value=value)), before, f"disabled keys are {junk}")
+    assert (before["dbias"][disabled] == 0).all()
+    for name in ("dk", "dv"):
+        assert (before[name].masked_select(rows) == 0).all(), name
+
+
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_every_subset_of_gradients(kernel, dtype):
     problem = make(Case(**BASE, dtype=dtype)).to(kernel.device)

@@ -10,7 +10,7 @@ import pytest
 
 
 def run(*arguments, expected=0, **environment):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"} | environment
     result = subprocess.run(
         [sys.executable, "-m", "flash_dmattn", *arguments],
         env=environment,
