@@ -7,10 +7,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 #include <optional>
+#include <stdexcept>
+#include <string>
 
 #include "flash_dmattn/attention.h"
 
@@ -18,6 +19,11 @@ namespace flash_dmattn::bindings {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// PyTorch turns it into a RuntimeError. STD_TORCH_CHECK would put this file's path before the message.
+[[noreturn]] inline void fail(const char* function, const char* argument, const std::string& what) {
+  throw std::runtime_error(std::string("flash_dmattn::") + function + ": " + argument + ": " + what);
+}
 
 // `argument` and `function` name the tensor in an error.
 inline DType dtype_of(const Tensor& tensor, const char* function, const char* argument) {
@@ -33,16 +39,19 @@ inline DType dtype_of(const Tensor& tensor, const char* function, const char* ar
     case ScalarType::Int:
       return DType::kInt32;
     default:
-      STD_TORCH_CHECK(false, "flash_dmattn::", function, ": ", argument, ": got dtype ",
-                      torch::headeronly::toString(tensor.scalar_type()),
-                      ", expected float64, float32, float16, bfloat16, or int32 for expiry and cu_seqlens");
+      fail(function, argument,
+           std::string("got dtype ") + torch::headeronly::toString(tensor.scalar_type()) +
+               ", expected float64, float32, float16, bfloat16, or int32 for expiry and "
+               "cu_seqlens");
   }
 }
 
 inline TensorView view_of(const Tensor& tensor, const char* function, const char* argument) {
   TensorView view;
-  STD_TORCH_CHECK(tensor.dim() >= 1 && tensor.dim() <= kMaxRank, "flash_dmattn::", function, ": ", argument,
-                  ": got ", tensor.dim(), " dimensions, expected 1 to ", kMaxRank);
+  if (tensor.dim() < 1 || tensor.dim() > kMaxRank) {
+    fail(function, argument,
+         "got " + std::to_string(tensor.dim()) + " dimensions, expected 1 to " + std::to_string(kMaxRank));
+  }
   view.data = const_cast<void*>(tensor.const_data_ptr());
   view.dtype = dtype_of(tensor, function, argument);
   view.rank = static_cast<int>(tensor.dim());
@@ -57,7 +66,9 @@ inline TensorView view_of(const std::optional<Tensor>& tensor, const char* funct
   return tensor.has_value() ? view_of(*tensor, function, argument) : TensorView{};
 }
 
-inline void check(const Status& status) { STD_TORCH_CHECK(status.ok(), status.message.c_str()); }
+inline void check(const Status& status) {
+  if (!status.ok()) throw std::runtime_error(status.message);
+}
 
 // PyTorch's own threads: the library brings none.
 inline Target cpu_target() {

@@ -37,9 +37,12 @@ ScalarType lse_dtype(const Tensor& query) {
 // [B, H, Sq], packed [H, total_q].
 Tensor empty_lse(const Tensor& query) {
   if (query.dim() == 4) return empty_cpu({query.size(0), query.size(2), query.size(1)}, lse_dtype(query));
-  STD_TORCH_CHECK(
-      query.dim() == 3, "flash_dmattn::forward: query: got ", query.dim(),
-      " dimensions, expected [B, Sq, H, D], or packed [total_q, H, D] with cu_seqlens_q and cu_seqlens_k");
+  if (query.dim() != 3) {
+    fail("forward", "query",
+         "got " + std::to_string(query.dim()) +
+             " dimensions, expected [B, Sq, H, D], or packed [total_q, H, D] with cu_seqlens_q and "
+             "cu_seqlens_k");
+  }
   return empty_cpu({query.size(1), query.size(0)}, lse_dtype(query));
 }
 
@@ -76,8 +79,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
     OptionalTensor expiry, Tensor out, Tensor lse, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
     double scale, bool is_causal, bool need_dq, bool need_dk, bool need_dv, bool need_dbias) {
   const char* function = "backward";
-  STD_TORCH_CHECK(!need_dbias || bias.has_value(),
-                  "flash_dmattn::backward: need_dbias: got True without a bias, expected False");
+  if (need_dbias && !bias.has_value())
+    fail(function, "need_dbias", "got True without a bias, expected False");
   // A gradient that is not needed is an empty tensor, and absent for the library.
   const auto gradient = [](const Tensor* tensor, bool needed, ScalarType dtype) {
     return needed ? empty_cpu(tensor->sizes(), dtype) : empty_cpu({0}, dtype);
@@ -127,7 +130,7 @@ constexpr int kNumBugs = sizeof(cpu::kBugNames) / sizeof(cpu::kBugNames[0]);
 
 // Injects bug number 1, 2, ... of bug_names(), or none with 0, into every later call of the process.
 void inject_op(std::int64_t bug) {
-  STD_TORCH_CHECK(bug >= 0 && bug <= kNumBugs, "inject: bug: got ", bug, ", expected 0 to ", kNumBugs);
+  if (bug < 0 || bug > kNumBugs) fail("inject", "bug", "got " + std::to_string(bug));
   cpu::injected_bug = static_cast<int>(bug);
 }
 
