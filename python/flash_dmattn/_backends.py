@@ -89,7 +89,7 @@ def explain(problem: Problem, name: str | None) -> str:
         reason = backend.why_not(problem) or "not asked for"
         lines.append(f"{backend.name}: {'runs' if backend.name == chosen else reason}")
         if backend.name == chosen and backend.attend is _native_attend:
-            lines += [f"  {line}" for line in _ops.native.explain(*_native_arguments(problem)).splitlines()]
+            lines += [f"  kernel {line}" for line in _ops.native.explain(*_native_arguments(problem)).splitlines()]
     return "\n".join(lines)
 
 
