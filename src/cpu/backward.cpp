@@ -75,18 +75,12 @@ void gather(const BackwardProblem& problem, const QueryTile& tile, const Backwar
   const std::int64_t head_dim = problem.layout.head_dim;
   const Rows key = key_rows(problem.layout, problem.args.key, tile.sequence, tile.kv_head);
   const Rows value = key_rows(problem.layout, problem.args.value, tile.sequence, tile.kv_head);
-  for (int n = 0; n < num_keys; ++n) {
-    if (n + kPrefetchDistance < num_keys) {
-      const std::int32_t ahead = scratch.entries[n + kPrefetchDistance].key;
-      prefetch_row(key, ahead, head_dim);
-      prefetch_row(value, ahead, head_dim);
-    }
-    const std::int32_t j = scratch.entries[n].key;
+  for_each_gathered(key, value, head_dim, scratch.entries, num_keys, [&](int n, std::int32_t j) {
     T* key_row = scratch.keys + n * head_dim;
     load_row(key, j, head_dim, key_row);
     scatter_to_panels(key_row, head_dim, head_dim, n, kTileN * kPanel, scratch.key_panels);
     load_row(value, j, head_dim, scratch.values + n * head_dim);
-  }
+  });
   const auto bias = problem.layout.per_key<const T>(problem.args.bias, tile.sequence, tile.kv_head);
   gather_bias(bias, scratch.entries, num_keys, scratch.bias);
 }

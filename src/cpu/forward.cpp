@@ -47,17 +47,11 @@ void gather(const ForwardProblem& problem, const QueryTile& tile, const ForwardS
       injected(Bug::kWrongHead) ? (tile.kv_head + 1) % problem.layout.heads_kv : tile.kv_head;
   const Rows key = key_rows(problem.layout, problem.args.key, tile.sequence, kv_head);
   const Rows value = key_rows(problem.layout, problem.args.value, tile.sequence, kv_head);
-  for (int n = 0; n < num_keys; ++n) {
-    if (n + kPrefetchDistance < num_keys) {
-      const std::int32_t ahead = scratch.entries[n + kPrefetchDistance].key;
-      prefetch_row(key, ahead, head_dim);
-      prefetch_row(value, ahead, head_dim);
-    }
-    const std::int32_t j = scratch.entries[n].key;
+  for_each_gathered(key, value, head_dim, scratch.entries, num_keys, [&](int n, std::int32_t j) {
     load_row(key, j, head_dim, scratch.keys + n * head_dim);
     const T* value_row = read_row(value, j, head_dim, scratch.row);
     scatter_to_panels(value_row, head_dim, head_dim, n, kTileN * kPanel, scratch.value_panels);
-  }
+  });
   const auto bias = problem.layout.per_key<const T>(problem.args.bias, tile.sequence, kv_head);
   gather_bias(bias, scratch.entries, num_keys, scratch.bias);
 }

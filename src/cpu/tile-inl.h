@@ -89,6 +89,20 @@ class PanelVisibility {
   hn::Vec<IntTag<T>> position_[kVecs<T>];
 };
 
+// Calls take(n, key) for the keys of a block, whose rows are asked for a little ahead.
+template <class Take>
+HWY_INLINE void for_each_gathered(const Rows& key, const Rows& value, std::size_t head_dim,
+                                  const PlanEntry* entries, int num_keys, const Take& take) {
+  for (int n = 0; n < num_keys; ++n) {
+    if (n + kPrefetchDistance < num_keys) {
+      const std::int32_t ahead = entries[n + kPrefetchDistance].key;
+      prefetch_row(key, ahead, head_dim);
+      prefetch_row(value, ahead, head_dim);
+    }
+    take(n, entries[n].key);
+  }
+}
+
 // Bias of the gathered keys, in units of log 2.
 template <class T>
 void gather_bias(VectorView<const T> bias, const PlanEntry* entries, int num_keys, T* gathered) {
