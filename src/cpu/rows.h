@@ -16,7 +16,6 @@ struct Rows {
   std::int64_t column_bytes = 0;
   DType dtype = DType::kFloat32;
 
-  bool present() const { return data != nullptr; }
   bool unit_stride() const { return column_bytes == static_cast<std::int64_t>(dtype_size(dtype)); }
   std::byte* row(std::int64_t index) const { return data + index * row_bytes; }
 };

@@ -103,8 +103,8 @@ HWY_INLINE Vec<T> pow2_of_whole(Vec<T> n) {
 }
 
 // 2^x for x <= 0 (a little above is fine). 2^0 is exactly 1, -inf gives 0, NaN stays NaN; results below the
-// smallest normal number become 0. Relative error: float 1.6e-7 (measured over the whole range), double
-// 3e-16.
+// smallest normal number become 0. Relative error, measured with AVX2: float 8.5e-8 (every third number of
+// the range), double 1.5e-16 (16 million random ones).
 template <class T>
 HWY_INLINE Vec<T> exp2_nonpositive(Vec<T> x) {
   constexpr Tag<T> d;

@@ -2,6 +2,7 @@
 // group. They share their keys, so a key that is gathered once serves them all.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "core/layout.h"
