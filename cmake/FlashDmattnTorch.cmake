@@ -43,7 +43,7 @@ function(flash_dmattn_add_torch_library name objects namespace)
     TORCH_TARGET_VERSION=0x020a000000000000 FLASH_DMATTN_TORCH_NAMESPACE=${namespace}
     $<TARGET_PROPERTY:${objects},INTERFACE_COMPILE_DEFINITIONS>)
   target_compile_options(${name} PRIVATE -Wall -Wextra $<$<BOOL:${FLASH_DMATTN_WERROR}>:-Werror>)
-  target_link_libraries(${name} PRIVATE hwy::hwy)
+  target_link_libraries(${name} PRIVATE $<TARGET_PROPERTY:${objects},INTERFACE_LINK_LIBRARIES>)
   target_link_options(${name} PRIVATE
     -Wl,--version-script=${PROJECT_SOURCE_DIR}/cmake/no_exports.map -L${torch_dir}/lib
     -Wl,--push-state,--no-as-needed -ltorch -ltorch_cpu -Wl,--pop-state)

@@ -14,9 +14,10 @@ namespace flash_dmattn {
 template <typename Args>
 struct Kernel {
   const char* name;
-  std::string (*why_not)(const Args& args, const Target& target);  // "" if it can run
+  DeviceType device;                                               // where its tensors lie
+  std::string (*why_not)(const Args& args, const Target& target);  // "" if it can run on this device
   std::size_t (*workspace_bytes)(const Args& args, const Target& target);
-  void (*run)(const Args& args, const Target& target, const Workspace& workspace);
+  Status (*run)(const Args& args, const Target& target, const Workspace& workspace);
 };
 
 template <typename Args>
@@ -31,11 +32,14 @@ struct Pass {
       status = Status::invalid(std::move(message));
       return nullptr;
     }
+    bool has_cuda = false;
     for (const Kernel<Args>& kernel : kernels) {
-      const std::string reason = kernel.why_not(args, target);
+      has_cuda |= kernel.device == DeviceType::kCuda;
+      const std::string reason = reason_of(kernel, args, target);
       if (reason.empty()) return &kernel;
       message.append(message.empty() ? "" : "; ").append(kernel.name).append(": ").append(reason);
     }
+    if (!has_cuda) message.append(message.empty() ? "" : "; ").append("this build has no CUDA kernels");
     status =
         Status::unsupported(std::string("flash_dmattn::") + function + ": no kernel can run: " + message);
     return nullptr;
@@ -46,14 +50,13 @@ struct Pass {
     const Kernel<Args>* kernel = choose(args, target, status);
     if (kernel == nullptr) return status;
     const std::size_t needed = kernel->workspace_bytes(args, target);
-    Validator check(function);
+    Validator check(function, target);
     check.require(workspace.bytes >= needed, "workspace", std::to_string(workspace.bytes) + " bytes",
                   "at least " + std::to_string(needed) + ", as workspace_bytes says");
     check.require(workspace.data != nullptr || needed == 0, "workspace", "a null pointer",
                   std::to_string(needed) + " bytes of memory");
     if (!check.ok()) return Status::invalid(check.message());
-    kernel->run(args, target, workspace);
-    return status;
+    return kernel->run(args, target, workspace);
   }
 
   std::size_t workspace_bytes(const Args& args, const Target& target) const {
@@ -68,16 +71,24 @@ struct Pass {
     return status.message;
   }
 
+  // The kernels of other devices have nothing to say.
   std::string explain(const Args& args, const Target& target) const {
-    const std::string message = validate(args, target);
-    if (!message.empty()) return message;
-    std::string text;
+    std::string text = validate(args, target);
+    if (!text.empty()) return text;
     for (const Kernel<Args>& kernel : kernels) {
+      if (kernel.device != target.device_type) continue;
       const std::string reason = kernel.why_not(args, target);
       text.append(text.empty() ? "" : "\n").append(kernel.name).append(": ");
       text.append(reason.empty() ? "runs" : reason);
     }
-    return text;
+    return text.empty() ? why_unsupported(args, target) : text;
+  }
+
+ private:
+  static std::string reason_of(const Kernel<Args>& kernel, const Args& args, const Target& target) {
+    if (kernel.device == target.device_type) return kernel.why_not(args, target);
+    return kernel.device == DeviceType::kCpu ? "takes tensors in host memory"
+                                             : "takes tensors in the memory of a CUDA device";
   }
 };
 

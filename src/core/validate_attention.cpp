@@ -1,4 +1,5 @@
 #include <cmath>
+#include <limits>
 
 #include "core/dtype.h"
 #include "core/layout.h"
@@ -40,12 +41,12 @@ bool check_k_rows(Validator& check, Check how, const char* name, const TensorVie
       {{"B", sizes.batch}, {"Sk", sizes.seqlen_k}, {"Hkv", sizes.heads_kv}, {"D", sizes.head_dim}});
 }
 
-bool check_per_key(Validator& check, Check how, const char* name, const TensorView& tensor, DType dtype,
-                   const Sizes& sizes) {
+bool check_per_key(Validator& check, Check how, const char* name, const TensorView& tensor,
+                   Validator::DTypes dtypes, const Sizes& sizes) {
   if (sizes.packed) {
-    return (check.*how)(name, tensor, {dtype}, {{"total_k", sizes.seqlen_k}, {"Hkv", sizes.heads_kv}});
+    return (check.*how)(name, tensor, dtypes, {{"total_k", sizes.seqlen_k}, {"Hkv", sizes.heads_kv}});
   }
-  return (check.*how)(name, tensor, {dtype},
+  return (check.*how)(name, tensor, dtypes,
                       {{"B", sizes.batch}, {"Hkv", sizes.heads_kv}, {"Sk", sizes.seqlen_k}});
 }
 
@@ -103,7 +104,7 @@ void check_sequences(Validator& check, const Args& args, const Sizes& sizes) {
   check.require(args.cu_seqlens_k.shape[0] == length, "cu_seqlens_k",
                 std::to_string(args.cu_seqlens_k.shape[0]) + " elements",
                 std::to_string(length) + " as in cu_seqlens_q");
-  if (!check.ok() || !args.causal) return;
+  if (!check.ok() || !args.causal || !check.can_read_values()) return;
   const Layout layout = make_layout(args);
   for (std::int64_t index = 0; index < layout.num_sequences; ++index) {
     const Sequence sequence = layout.sequence(index);
@@ -112,6 +113,17 @@ void check_sequences(Validator& check, const Args& args, const Sizes& sizes) {
                       std::to_string(sequence.seqlen_q) + " rows in sequence " + std::to_string(index),
                       "at most its " + std::to_string(sequence.seqlen_k) + " keys when causal");
   }
+}
+
+// What expiry was selected by. Args: PlanArgs, ForwardArgs or BackwardArgs.
+template <typename Args>
+void check_score(Validator& check, const Args& args, const Sizes& sizes) {
+  check.require(args.keep_window >= 0, "keep_window", std::to_string(args.keep_window), "at least 0");
+  check.require(args.expiry.present() || args.keep_window == 0, "keep_window",
+                std::to_string(args.keep_window) + " without expiry", "0");
+  check.require(args.expiry.present() || !args.score.present(), "score", "a tensor without expiry", "none");
+  if (args.score.present())
+    check_per_key(check, &Validator::input, "score", args.score, kFloatingTypes, sizes);
 }
 
 // What forward and backward share.
@@ -124,20 +136,73 @@ Sizes check_inputs(Validator& check, const Args& args) {
   if (!check.ok()) return sizes;
   check_k_rows(check, &Validator::input, "value", args.value, sizes);
   if (args.bias.present()) {
-    check_per_key(check, &Validator::input, "bias", args.bias, sizes.accumulation, sizes);
+    check_per_key(check, &Validator::input, "bias", args.bias, {sizes.accumulation}, sizes);
   }
   if (args.expiry.present()) {
-    check_per_key(check, &Validator::input, "expiry", args.expiry, DType::kInt32, sizes);
+    check_per_key(check, &Validator::input, "expiry", args.expiry, {DType::kInt32}, sizes);
   }
+  check_score(check, args, sizes);
+  if (args.plan.present()) check.contiguous("plan", args.plan, {DType::kInt32}, {{"n"}});
   if (check.ok()) check_sequences(check, args, sizes);
   check.require(std::isfinite(args.scale), "scale", std::to_string(args.scale), "a finite number");
   return sizes;
 }
 
+// The sizes of a plan's tensors, which are shaped like expiry or else bias.
+Sizes plan_sizes(const PlanArgs& args) {
+  Sizes sizes{.packed = args.cu_seqlens_q.present() || args.cu_seqlens_k.present(),
+              .dtype = DType::kInt32,
+              .accumulation = DType::kFloat32};
+  const auto& shape = (args.expiry.present() ? args.expiry : args.bias).shape;
+  sizes.batch = sizes.packed ? 0 : shape[0];
+  sizes.heads_kv = shape[1];
+  sizes.seqlen_k = sizes.packed ? shape[0] : shape[2];
+  sizes.seqlen_q = args.num_queries;
+  return sizes;
+}
+
+void check_plan_queries(Validator& check, const PlanArgs& args, const Sizes& sizes) {
+  if (!sizes.packed) {
+    const std::int64_t limit = args.causal ? sizes.seqlen_k : std::numeric_limits<std::int32_t>::max();
+    return check.require(args.num_queries >= 0 && args.num_queries <= limit, "num_queries",
+                         std::to_string(args.num_queries), "0 to " + std::to_string(limit));
+  }
+  check.contiguous("cu_seqlens_q", args.cu_seqlens_q, {DType::kInt32}, {{"sequences + 1"}});
+  const std::int64_t length = args.cu_seqlens_q.shape[0];
+  if (check.ok()) {
+    check.contiguous("cu_seqlens_k", args.cu_seqlens_k, {DType::kInt32}, {{"sequences + 1", length}});
+  }
+  check.require(length > 0, "cu_seqlens_q", "shape [0]", "[sequences + 1], the first element 0");
+}
+
 }  // namespace
 
+std::string validate(const PlanArgs& args, const Target& target) {
+  Validator check("plan", target);
+  check.require(args.expiry.present() || args.bias.present(), "expiry", "neither expiry nor bias",
+                "at least one of them");
+  const Sizes sizes = plan_sizes(args);
+  const Sizes any{.packed = sizes.packed,
+                  .batch = kAnySize,
+                  .seqlen_k = kAnySize,
+                  .heads_kv = kAnySize,
+                  .dtype = sizes.dtype,
+                  .accumulation = sizes.accumulation};
+  if (args.expiry.present())
+    check_per_key(check, &Validator::input, "expiry", args.expiry, {DType::kInt32}, any);
+  if (args.bias.present()) {
+    check_per_key(check, &Validator::input, "bias", args.bias, {DType::kFloat32},
+                  args.expiry.present() ? sizes : any);
+  }
+  check_score(check, args, sizes);
+  if (check.ok()) check_plan_queries(check, args, sizes);
+  if (args.plan.present()) check.output("plan", args.plan, {DType::kInt32}, {{"n"}});
+  check.target(target);
+  return check.message();
+}
+
 std::string validate(const ForwardArgs& args, const Target& target) {
-  Validator check("forward");
+  Validator check("forward", target);
   const Sizes sizes = check_inputs(check, args);
   if (check.ok()) check_q_rows(check, &Validator::output, "out", args.out, sizes);
   if (args.lse.present()) check_per_query(check, &Validator::output, "lse", args.lse, sizes);
@@ -146,7 +211,7 @@ std::string validate(const ForwardArgs& args, const Target& target) {
 }
 
 std::string validate(const BackwardArgs& args, const Target& target) {
-  Validator check("backward");
+  Validator check("backward", target);
   const Sizes sizes = check_inputs(check, args);
   if (check.ok()) check_q_rows(check, &Validator::input, "out", args.out, sizes);
   check_per_query(check, &Validator::input, "lse", args.lse, sizes);
@@ -157,7 +222,7 @@ std::string validate(const BackwardArgs& args, const Target& target) {
   if (args.dv.present()) check_k_rows(check, &Validator::output, "dv", args.dv, sizes);
   check.require(!args.dbias.present() || args.bias.present(), "dbias", "a tensor without bias", "none");
   if (args.dbias.present()) {
-    check_per_key(check, &Validator::output, "dbias", args.dbias, sizes.accumulation, sizes);
+    check_per_key(check, &Validator::output, "dbias", args.dbias, {sizes.accumulation}, sizes);
   }
   check.target(target);
   return check.message();

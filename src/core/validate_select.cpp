@@ -11,10 +11,21 @@ void check_window(Validator& check, const SelectArgs& args) {
                 std::to_string(args.local_window) + " without causal", "0: local keys need an order");
 }
 
+void check_num_queries(Validator& check, const SelectArgs& args) {
+  if (args.num_queries == -1) return;
+  const std::string got = std::to_string(args.num_queries);
+  check.require(args.causal, "num_queries", got + " without causal", "-1, all");
+  check.require(!args.cu_seqlens.present(), "num_queries", got + " with cu_seqlens", "-1, all");
+  if (!check.ok()) return;
+  const std::int64_t seqlen_k = args.score.shape[2];
+  check.require(args.num_queries >= 0 && args.num_queries <= seqlen_k, "num_queries", got,
+                "0 to Sk = " + std::to_string(seqlen_k) + ", or -1 for all");
+}
+
 }  // namespace
 
 std::string validate(const SelectArgs& args, const Target& target) {
-  Validator check("select");
+  Validator check("select", target);
   check_window(check, args);
   const auto& shape = args.score.shape;
   if (args.cu_seqlens.present()) {
@@ -26,6 +37,7 @@ std::string validate(const SelectArgs& args, const Target& target) {
         check.output("expiry", args.expiry, {DType::kInt32},
                      {{"B", shape[0]}, {"Hkv", shape[1]}, {"Sk", shape[2]}});
   }
+  if (check.ok()) check_num_queries(check, args);
   check.target(target);
   return check.message();
 }

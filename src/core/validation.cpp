@@ -152,11 +152,24 @@ void Validator::remember(const char* name, const TensorView& tensor) {
   if (tensor.num_elements() > 0) seen_[num_seen_++] = {name, tensor.data};
 }
 
+bool Validator::contiguous(const char* name, const TensorView& tensor, DTypes dtypes, Axes axes) {
+  if (!input(name, tensor, dtypes, axes)) return false;
+  std::int64_t stride = 1;
+  for (int axis = tensor.rank - 1; axis >= 0; --axis) {
+    require(tensor.shape[axis] <= 1 || tensor.stride[axis] == stride, name,
+            "strides " + list(tensor.stride, tensor.rank), "contiguous memory");
+    stride *= tensor.shape[axis];
+  }
+  return ok();
+}
+
 bool Validator::cu_seqlens(const char* name, const TensorView& tensor, const char* total_symbol,
                            std::int64_t total) {
-  if (!input(name, tensor, {DType::kInt32}, {{"sequences + 1"}})) return false;
+  const Axes axes = {{"sequences + 1"}};
+  const DTypes dtypes = {DType::kInt32};
+  if (!(on_cpu_ ? input(name, tensor, dtypes, axes) : contiguous(name, tensor, dtypes, axes))) return false;
   require(tensor.shape[0] > 0, name, "shape [0]", "[sequences + 1], the first element 0");
-  if (!ok()) return false;
+  if (!ok() || !on_cpu_) return ok();
   const auto* offsets = static_cast<const std::int32_t*>(tensor.data);
   std::int64_t previous = offsets[0];
   require(previous == 0, name, std::to_string(previous) + " at index 0", "0");
@@ -175,6 +188,10 @@ bool Validator::cu_seqlens(const char* name, const TensorView& tensor, const cha
 }
 
 void Validator::target(const Target& target) {
+  if (target.device_type == DeviceType::kCuda) {
+    return require(target.device_index >= 0, "device_index", std::to_string(target.device_index),
+                   "at least 0");
+  }
   const int num_workers = target.parallel_for.num_workers;
   require(num_workers >= 1 && num_workers <= kMaxWorkers, "parallel_for.num_workers",
           std::to_string(num_workers), "1 to " + std::to_string(kMaxWorkers));

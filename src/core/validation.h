@@ -17,6 +17,7 @@ inline constexpr std::initializer_list<DType> kFloatingTypes = {DType::kFloat64,
 
 // What is wrong with the arguments of a call, or "".
 std::string validate(const SelectArgs& args, const Target& target);
+std::string validate(const PlanArgs& args, const Target& target);
 std::string validate(const ForwardArgs& args, const Target& target);
 std::string validate(const BackwardArgs& args, const Target& target);
 
@@ -31,7 +32,8 @@ struct Axis {
 // and `output` return whether everything was right so far: only then may the shape be read.
 class Validator {
  public:
-  explicit Validator(const char* function) : function_(function) {}
+  Validator(const char* function, const Target& target)
+      : function_(function), on_cpu_(target.device_type == DeviceType::kCpu) {}
 
   bool ok() const { return message_.empty(); }
   const std::string& message() const { return message_; }
@@ -48,9 +50,13 @@ class Validator {
   bool input(const char* name, const TensorView& tensor, DTypes dtypes, Axes axes);
   // The same, and each element has memory of its own, which no tensor checked before shares.
   bool output(const char* name, const TensorView& tensor, DTypes dtypes, Axes axes);
-  // Offsets of packed sequences: int32, from 0 to total without a step down.
+  // An input whose elements follow each other without gaps.
+  bool contiguous(const char* name, const TensorView& tensor, DTypes dtypes, Axes axes);
+  // Offsets of packed sequences: int32, from 0 to total without a step down. Values are read on the CPU
+  // alone.
   bool cu_seqlens(const char* name, const TensorView& tensor, const char* total_symbol, std::int64_t total);
   void target(const Target& target);
+  bool can_read_values() const { return on_cpu_; }
 
  private:
   void check_type_and_shape(const char* name, const TensorView& tensor, DTypes dtypes, Axes axes);
@@ -63,8 +69,9 @@ class Validator {
     const void* data;
   };
   const char* function_;
+  bool on_cpu_;
   std::string message_;
-  std::array<Seen, 16> seen_{};  // the non-empty tensors checked so far; backward has the most, 16
+  std::array<Seen, 17> seen_{};  // the non-empty tensors checked so far; backward has the most, 17
   int num_seen_ = 0;
 };
 

@@ -10,7 +10,7 @@
 
 namespace flash_dmattn::cpu {
 
-// Why this backend cannot run the call, or "" if it can.
+// Why this backend cannot run a call on tensors in host memory, or "" if it can.
 std::string select_why_not(const SelectArgs& args, const Target& target);
 std::string forward_why_not(const ForwardArgs& args, const Target& target);
 std::string backward_why_not(const BackwardArgs& args, const Target& target);

@@ -359,7 +359,9 @@ void run(const BackwardArgs& args, const ParallelFor& parallel_for, const Worksp
 
 }  // namespace
 
-std::string backward_why_not(const BackwardArgs& /*args*/, const Target& /*target*/) { return ""; }
+std::string backward_why_not(const BackwardArgs& args, const Target& /*target*/) {
+  return args.plan.present() ? "takes no plan" : "";
+}
 
 std::size_t backward_workspace_bytes(const BackwardArgs& args, const Target& target) {
   Arena arena;

@@ -235,7 +235,9 @@ ForwardProblem make_problem(const ForwardArgs& args, int num_workers, Arena& are
 
 }  // namespace
 
-std::string forward_why_not(const ForwardArgs& /*args*/, const Target& /*target*/) { return ""; }
+std::string forward_why_not(const ForwardArgs& args, const Target& /*target*/) {
+  return args.plan.present() ? "takes no plan" : "";
+}
 
 std::size_t forward_workspace_bytes(const ForwardArgs& args, const Target& target) {
   Arena arena;

@@ -20,6 +20,8 @@ ALLOWED = {
     "src/cuda/selection": ["flash_dmattn/", "core/", "cuda/common/", "cuda/selection/"],
     "src/cuda/sm80": ["flash_dmattn/", "core/", "cuda/common/", "cuda/sm80/"],
     "src/cuda/sm90": ["flash_dmattn/", "core/", "cuda/common/", "cuda/sm90/"],
+    # src/cuda/*.cu join what the folders of kernels offer.
+    "src/cuda": ["flash_dmattn/", "core/", "cuda/"],
     "src": ["flash_dmattn/", "core/", "cpu/backend.h", "cuda/backend.h"],  # src/api.cpp joins core and backends
     "bindings": ["flash_dmattn/", "torch/", "cpu/bugs.h"],  # cpu/bugs.h: in the test build only
     "examples": ["flash_dmattn/"],
@@ -61,7 +63,7 @@ def check_cpp(root: Path) -> tuple[list[str], int]:
                 problems.append(f"{relative} includes {name}; PyTorch belongs in bindings/ and python/")
             elif name.startswith("hwy/") and not relative.startswith(tuple(HIGHWAY)):
                 problems.append(f"{relative} includes {name}; Highway belongs in {', '.join(HIGHWAY)}")
-            elif name.startswith(("cuda", "cute/", "cutlass/")) and not relative.startswith(tuple(CUDA)):
+            elif name.startswith(("cuda", "cub/", "cute/", "cutlass/")) and not relative.startswith(tuple(CUDA)):
                 problems.append(f"{relative} includes {name}; CUDA belongs in {', '.join(CUDA)}")
             elif "/" not in name and (path.parent / name).exists() and folder != "bindings":
                 problems.append(f'{relative} includes "{name}"; spell the path from the include root')
