@@ -1,8 +1,12 @@
 // Dynamic-mask attention: every query attends to the keep_window keys of highest score before it, exactly.
 //
-//   select    scores -> expiry, the whole mask as one int32 per key: key j is visible to the positions [j,
-//   expiry_j) forward   query, key, value, bias, expiry -> out, lse backward  the gradients of query, key,
-//   value and bias
+// clang-format off
+//   select    scores -> expiry, the whole mask as one int32 per key: key j is visible to the positions [j, expiry_j)
+//   plan      expiry -> the key lists that the CUDA kernels read (forward and backward make their own where none is
+//             given)
+//   forward   query, key, value, bias, expiry -> out, lse
+//   backward  the gradients of query, key, value and bias
+// clang-format on
 //
 // The definition of every result, with the proof that one integer per key is enough, is docs/math.md.
 //
@@ -18,6 +22,11 @@
 // The library allocates nothing (but the message of an error), owns no thread and keeps no state between
 // calls: any number of threads may call it at the same time. The same input gives the same bits, whatever the
 // number of workers.
+//
+// On a CUDA device (Target) every tensor lies in its memory; rows of query, key, value, out and their
+// gradients have a last axis of unit stride and start at multiples of 16 bytes; a call only queues work on
+// the target's stream and never waits for it. Values of cu_seqlens and expiry cannot be checked there; wrong
+// ones give wrong results, no access out of bounds.
 #pragma once
 
 #include <cstddef>
@@ -43,16 +52,40 @@ struct SelectArgs {
       0;  // the first num_sinks keys, unless disabled, stay visible for ever, on top of the window
   std::int64_t local_window = 0;  // every key, unless disabled, is visible to this many positions at least,
                                   // itself included, on top of the window; causal only
+  std::int64_t num_queries = -1;  // the rows that will read expiry, the last ones; -1: all. Keys that none of
+                                  // them sees get their own position, which spares most of the work when
+                                  // there are few. Causal, not packed
+};
+
+// The key lists that the CUDA kernels read; docs/plan.md describes them. Forward and backward of one call may
+// share one plan. At least one of expiry and bias is present.
+struct PlanArgs {
+  TensorView expiry{};        // optional, as in ForwardArgs
+  TensorView score{};         // optional, as in ForwardArgs
+  TensorView bias{};          // optional, as in ForwardArgs
+  TensorView cu_seqlens_q{};  // as in ForwardArgs
+  TensorView cu_seqlens_k{};
+  TensorView plan{};             // out, int32 [plan_elements(args, target)]
+  std::int64_t num_queries = 0;  // Sq; ignored if packed
+  std::int64_t keep_window = 0;  // as in ForwardArgs
+  bool causal = true;
 };
 
 struct ForwardArgs {
-  TensorView query{};  // [B, Sq, H, D], packed [total_q, H, D]
-  TensorView key{};    // [B, Sk, Hkv, D], packed [total_k, Hkv, D]
-  TensorView value{};  // like key
-  TensorView bias{};   // optional, added to the logits: [B, Hkv, Sk], packed [total_k, Hkv]. -inf disables a
-                      // key: it is visible to nobody, and its key and value may hold anything
+  TensorView query{};   // [B, Sq, H, D], packed [total_q, H, D]
+  TensorView key{};     // [B, Sk, Hkv, D], packed [total_k, Hkv, D]
+  TensorView value{};   // like key
+  TensorView bias{};    // optional, added to the logits: [B, Hkv, Sk], packed [total_k, Hkv]. -inf disables a
+                        // key: it is visible to nobody, and its key and value may hold anything
   TensorView expiry{};  // optional, int32, shaped like bias: from select, or the caller's own. Absent: every
                         // key (before the query, if causal) is visible. Any value is safe
+  TensorView score{};   // optional: the scores that expiry was selected by, shaped like it, and
+  std::int64_t keep_window =
+      0;              // the window of that selection; 0: expiry is the caller's own. They change no result
+                      // but its last bits: CUDA kernels read keys in the order of their scores, which keeps
+                      // a row's bits independent of later tokens, or else of their expiry. CPU kernels
+                      // read them in the order of their positions and look at neither
+  TensorView plan{};  // optional, int32 [n]: what plan made of the same arguments; only CUDA kernels take one
   TensorView cu_seqlens_q{};  // int32 [sequences + 1], present for packed sequences only
   TensorView cu_seqlens_k{};  // likewise
   TensorView out{};           // out, like query; 0 for a row that sees no key
@@ -63,7 +96,10 @@ struct ForwardArgs {
 };
 
 struct BackwardArgs {
-  TensorView query{}, key{}, value{}, bias{}, expiry{}, cu_seqlens_q{}, cu_seqlens_k{};  // as in ForwardArgs
+  TensorView query{}, key{}, value{}, bias{}, expiry{},
+      score{};  // as in ForwardArgs, like the next two lines
+  std::int64_t keep_window = 0;
+  TensorView plan{}, cu_seqlens_q{}, cu_seqlens_k{};
   TensorView out{}, lse{};               // what forward returned; lse is needed here
   TensorView dout{};                     // like out
   TensorView dlse{};                     // optional, like lse
@@ -74,17 +110,23 @@ struct BackwardArgs {
 
 // Each checks its arguments first and reads and writes nothing if they are wrong.
 Status select(const SelectArgs& args, const Target& target, const Workspace& workspace);
+Status plan(const PlanArgs& args, const Target& target, const Workspace& workspace);
 Status forward(const ForwardArgs& args, const Target& target, const Workspace& workspace);
 Status backward(const BackwardArgs& args, const Target& target, const Workspace& workspace);
 
 // Bytes of workspace that a call with these arguments needs; 0 for arguments that the call would refuse.
 // The formulas are in docs/numerics.md.
 std::size_t workspace_bytes(const SelectArgs& args, const Target& target);
+std::size_t workspace_bytes(const PlanArgs& args, const Target& target);
 std::size_t workspace_bytes(const ForwardArgs& args, const Target& target);
 std::size_t workspace_bytes(const BackwardArgs& args, const Target& target);
 
+// The size of PlanArgs::plan; args.plan may be absent.
+std::size_t plan_elements(const PlanArgs& args, const Target& target);
+
 // Why a call with these arguments would be refused, or "" if it would run.
 std::string why_unsupported(const SelectArgs& args, const Target& target);
+std::string why_unsupported(const PlanArgs& args, const Target& target);
 std::string why_unsupported(const ForwardArgs& args, const Target& target);
 std::string why_unsupported(const BackwardArgs& args, const Target& target);
 

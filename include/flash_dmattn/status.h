@@ -6,7 +6,7 @@
 
 namespace flash_dmattn {
 
-enum class StatusCode { kOk, kInvalidArgument, kUnsupported };
+enum class StatusCode { kOk, kInvalidArgument, kUnsupported, kDeviceError };
 
 struct [[nodiscard]] Status {
   StatusCode code = StatusCode::kOk;
@@ -15,6 +15,7 @@ struct [[nodiscard]] Status {
   bool ok() const { return code == StatusCode::kOk; }
   static Status invalid(std::string message) { return {StatusCode::kInvalidArgument, std::move(message)}; }
   static Status unsupported(std::string message) { return {StatusCode::kUnsupported, std::move(message)}; }
+  static Status device_error(std::string message) { return {StatusCode::kDeviceError, std::move(message)}; }
 };
 
 }  // namespace flash_dmattn

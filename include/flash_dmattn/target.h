@@ -1,7 +1,8 @@
-// Where and how a call runs. The library owns no thread: the caller lends its own through ParallelFor.
+// Where and how a call runs. The library owns no thread and no stream: the caller lends its own.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace flash_dmattn {
 
@@ -20,12 +21,17 @@ struct ParallelFor {
   }
 };
 
+enum class DeviceType : std::uint8_t { kCpu, kCuda };
+
 struct Target {
-  ParallelFor parallel_for;
+  ParallelFor parallel_for{};  // CPU
+  DeviceType device_type = DeviceType::kCpu;
+  int device_index = 0;    // CUDA: as the CUDA runtime counts
+  void* stream = nullptr;  // CUDA: the cudaStream_t that the work is queued on
 };
 
-// Memory lent for one call: at least workspace_bytes(args, target) bytes. Its contents need no
-// initialisation.
+// Memory lent for one call, on the target's device: at least workspace_bytes(args, target) bytes. Its
+// contents need no initialisation. On a CUDA device it is used until the queued work is done.
 struct Workspace {
   void* data = nullptr;
   std::size_t bytes = 0;
