@@ -13,20 +13,41 @@
 namespace flash_dmattn::bindings {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
 Tensor select_op(Tensor score, std::int64_t keep_window, bool is_causal, std::int64_t num_sinks,
-                 std::int64_t local_window, OptionalTensor cu_seqlens) {
-  const char* function = "select";
-  Tensor expiry = empty_cpu(score.sizes(), ScalarType::Int);
-  run_on_cpu<SelectArgs>(select, {.score = view_of(score, function, "score"),
-                                  .cu_seqlens = view_of(cu_seqlens, function, "cu_seqlens"),
-                                  .expiry = view_of(expiry, function, "expiry"),
-                                  .keep_window = keep_window,
-                                  .causal = is_causal,
-                                  .num_sinks = num_sinks,
-                                  .local_window = local_window});
+                 std::int64_t local_window, OptionalTensor cu_seqlens, std::int64_t num_queries) {
+  Call call("select", score);
+  Tensor expiry = call.empty(score.sizes(), ScalarType::Int);
+  call.run<SelectArgs>(select, {.score = call.view(score, "score"),
+                                .cu_seqlens = call.offsets(cu_seqlens, "cu_seqlens"),
+                                .expiry = call.view(expiry, "expiry"),
+                                .keep_window = keep_window,
+                                .causal = is_causal,
+                                .num_sinks = num_sinks,
+                                .local_window = local_window,
+                                .num_queries = num_queries});
   return expiry;
+}
+
+Tensor plan_op(OptionalTensor expiry, OptionalTensor score, OptionalTensor bias, OptionalTensor cu_seqlens_q,
+               OptionalTensor cu_seqlens_k, std::int64_t num_queries, std::int64_t keep_window,
+               bool is_causal) {
+  if (!expiry.has_value() && !bias.has_value()) {
+    fail("plan", "expiry", "got neither expiry nor bias, expected at least one of them");
+  }
+  Call call("plan", expiry.has_value() ? *expiry : *bias);
+  PlanArgs args{.expiry = call.view(expiry, "expiry"),
+                .score = call.view(score, "score"),
+                .bias = call.view(bias, "bias"),
+                .cu_seqlens_q = call.offsets(cu_seqlens_q, "cu_seqlens_q"),
+                .cu_seqlens_k = call.offsets(cu_seqlens_k, "cu_seqlens_k"),
+                .num_queries = num_queries,
+                .keep_window = keep_window,
+                .causal = is_causal};
+  Tensor plan_memory =
+      call.empty({static_cast<std::int64_t>(plan_elements(args, call.target()))}, ScalarType::Int);
+  args.plan = call.view(plan_memory, "plan");
+  call.run(plan, args);
+  return plan_memory;
 }
 
 // lse is float32, or float64 where the query is.
@@ -35,92 +56,107 @@ ScalarType lse_dtype(const Tensor& query) {
 }
 
 // [B, H, Sq], packed [H, total_q].
-Tensor empty_lse(const Tensor& query) {
-  if (query.dim() == 4) return empty_cpu({query.size(0), query.size(2), query.size(1)}, lse_dtype(query));
+Tensor empty_lse(const Call& call, const Tensor& query) {
+  if (query.dim() == 4) return call.empty({query.size(0), query.size(2), query.size(1)}, lse_dtype(query));
   if (query.dim() != 3) {
     fail("forward", "query",
          "got " + std::to_string(query.dim()) +
              " dimensions, expected [B, Sq, H, D], or packed [total_q, H, D] with cu_seqlens_q and "
              "cu_seqlens_k");
   }
-  return empty_cpu({query.size(1), query.size(0)}, lse_dtype(query));
+  return call.empty({query.size(1), query.size(0)}, lse_dtype(query));
 }
 
-ForwardArgs forward_args(const Tensor& query, const Tensor& key, const Tensor& value,
-                         const OptionalTensor& bias, const OptionalTensor& expiry,
-                         const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                         const Tensor& out, const Tensor& lse, double scale, bool is_causal) {
-  const char* function = "forward";
-  return {.query = view_of(query, function, "query"),
-          .key = view_of(key, function, "key"),
-          .value = view_of(value, function, "value"),
-          .bias = view_of(bias, function, "bias"),
-          .expiry = view_of(expiry, function, "expiry"),
-          .cu_seqlens_q = view_of(cu_seqlens_q, function, "cu_seqlens_q"),
-          .cu_seqlens_k = view_of(cu_seqlens_k, function, "cu_seqlens_k"),
-          .out = view_of(out, function, "out"),
-          .lse = view_of(lse, function, "lse"),
-          .scale = scale,
-          .causal = is_causal};
+struct Forward {
+  Call call;
+  Tensor out, lse;
+  ForwardArgs args;
+};
+
+Forward make_forward(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bias,
+                     const OptionalTensor& expiry, const OptionalTensor& score, const OptionalTensor& plan,
+                     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                     std::int64_t keep_window, double scale, bool is_causal) {
+  Call call("forward", query);
+  Tensor lse = empty_lse(call, query);
+  Tensor out = call.empty_rows(query.sizes(), query.scalar_type());
+  const ForwardArgs args{.query = call.rows(query, "query"),
+                         .key = call.rows(key, "key"),
+                         .value = call.rows(value, "value"),
+                         .bias = call.view(bias, "bias"),
+                         .expiry = call.view(expiry, "expiry"),
+                         .score = call.view(score, "score"),
+                         .keep_window = keep_window,
+                         .plan = call.view(plan, "plan"),
+                         .cu_seqlens_q = call.offsets(cu_seqlens_q, "cu_seqlens_q"),
+                         .cu_seqlens_k = call.offsets(cu_seqlens_k, "cu_seqlens_k"),
+                         .out = call.rows(out, "out"),
+                         .lse = call.view(lse, "lse"),
+                         .scale = scale,
+                         .causal = is_causal};
+  return {std::move(call), std::move(out), std::move(lse), args};
 }
 
 std::tuple<Tensor, Tensor> forward_op(Tensor query, Tensor key, Tensor value, OptionalTensor bias,
-                                      OptionalTensor expiry, OptionalTensor cu_seqlens_q,
-                                      OptionalTensor cu_seqlens_k, double scale, bool is_causal) {
-  Tensor lse = empty_lse(query);
-  Tensor out = empty_cpu(query.sizes(), query.scalar_type());
-  run_on_cpu(forward, forward_args(query, key, value, bias, expiry, cu_seqlens_q, cu_seqlens_k, out, lse,
-                                   scale, is_causal));
-  return {out, lse};
+                                      OptionalTensor expiry, OptionalTensor score, OptionalTensor plan,
+                                      OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+                                      std::int64_t keep_window, double scale, bool is_causal) {
+  Forward pass = make_forward(query, key, value, bias, expiry, score, plan, cu_seqlens_q, cu_seqlens_k,
+                              keep_window, scale, is_causal);
+  pass.call.run(forward, pass.args);
+  return {pass.call.finished(pass.out), pass.lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
     Tensor grad_out, OptionalTensor grad_lse, Tensor query, Tensor key, Tensor value, OptionalTensor bias,
-    OptionalTensor expiry, Tensor out, Tensor lse, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-    double scale, bool is_causal, bool need_dq, bool need_dk, bool need_dv, bool need_dbias) {
-  const char* function = "backward";
-  if (need_dbias && !bias.has_value())
-    fail(function, "need_dbias", "got True without a bias, expected False");
+    OptionalTensor expiry, OptionalTensor score, OptionalTensor plan, Tensor out, Tensor lse,
+    OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, std::int64_t keep_window, double scale,
+    bool is_causal, bool need_dq, bool need_dk, bool need_dv, bool need_dbias) {
+  if (need_dbias && !bias.has_value()) {
+    fail("backward", "need_dbias", "got True without a bias, expected False");
+  }
+  Call call("backward", query);
   // A gradient that is not needed is an empty tensor, and absent for the library.
-  const auto gradient = [](const Tensor* tensor, bool needed, ScalarType dtype) {
-    return needed ? empty_cpu(tensor->sizes(), dtype) : empty_cpu({0}, dtype);
-  };
-  const auto view_if = [&](const Tensor& tensor, bool needed, const char* argument) {
-    return needed ? view_of(tensor, function, argument) : TensorView{};
-  };
   const ScalarType dtype = query.scalar_type();
-  Tensor dq = gradient(&query, need_dq, dtype);
-  Tensor dk = gradient(&key, need_dk, dtype);
-  Tensor dv = gradient(&value, need_dv, dtype);
-  Tensor dbias = gradient(bias.has_value() ? &*bias : nullptr, need_dbias, lse_dtype(query));
-  run_on_cpu<BackwardArgs>(backward, {.query = view_of(query, function, "query"),
-                                      .key = view_of(key, function, "key"),
-                                      .value = view_of(value, function, "value"),
-                                      .bias = view_of(bias, function, "bias"),
-                                      .expiry = view_of(expiry, function, "expiry"),
-                                      .cu_seqlens_q = view_of(cu_seqlens_q, function, "cu_seqlens_q"),
-                                      .cu_seqlens_k = view_of(cu_seqlens_k, function, "cu_seqlens_k"),
-                                      .out = view_of(out, function, "out"),
-                                      .lse = view_of(lse, function, "lse"),
-                                      .dout = view_of(grad_out, function, "grad_out"),
-                                      .dlse = view_of(grad_lse, function, "grad_lse"),
-                                      .dq = view_if(dq, need_dq, "dq"),
-                                      .dk = view_if(dk, need_dk, "dk"),
-                                      .dv = view_if(dv, need_dv, "dv"),
-                                      .dbias = view_if(dbias, need_dbias, "dbias"),
-                                      .scale = scale,
-                                      .causal = is_causal});
-  return {dq, dk, dv, dbias};
+  const auto empty_rows = [&](const Tensor& tensor, bool needed) {
+    return needed ? call.empty_rows(tensor.sizes(), dtype) : call.empty({0}, dtype);
+  };
+  const auto rows_if = [&](bool needed, const Tensor& tensor, const char* argument) {
+    return needed ? call.rows(tensor, argument) : TensorView{};
+  };
+  Tensor dq = empty_rows(query, need_dq);
+  Tensor dk = empty_rows(key, need_dk);
+  Tensor dv = empty_rows(value, need_dv);
+  Tensor dbias = need_dbias ? call.empty(bias->sizes(), lse_dtype(query)) : call.empty({0}, lse_dtype(query));
+  call.run<BackwardArgs>(backward, {.query = call.rows(query, "query"),
+                                    .key = call.rows(key, "key"),
+                                    .value = call.rows(value, "value"),
+                                    .bias = call.view(bias, "bias"),
+                                    .expiry = call.view(expiry, "expiry"),
+                                    .score = call.view(score, "score"),
+                                    .keep_window = keep_window,
+                                    .plan = call.view(plan, "plan"),
+                                    .cu_seqlens_q = call.offsets(cu_seqlens_q, "cu_seqlens_q"),
+                                    .cu_seqlens_k = call.offsets(cu_seqlens_k, "cu_seqlens_k"),
+                                    .out = call.rows(out, "out"),
+                                    .lse = call.view(lse, "lse"),
+                                    .dout = call.rows(grad_out, "grad_out"),
+                                    .dlse = call.view(grad_lse, "grad_lse"),
+                                    .dq = rows_if(need_dq, dq, "dq"),
+                                    .dk = rows_if(need_dk, dk, "dk"),
+                                    .dv = rows_if(need_dv, dv, "dv"),
+                                    .dbias = need_dbias ? call.view(dbias, "dbias") : TensorView{},
+                                    .scale = scale,
+                                    .causal = is_causal});
+  return {call.finished(dq), call.finished(dk), call.finished(dv), dbias};
 }
 
 std::string explain_op(Tensor query, Tensor key, Tensor value, OptionalTensor bias, OptionalTensor expiry,
-                       OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, double scale,
-                       bool is_causal) {
-  Tensor lse = empty_lse(query);
-  Tensor out = empty_cpu(query.sizes(), query.scalar_type());
-  const ForwardArgs args =
-      forward_args(query, key, value, bias, expiry, cu_seqlens_q, cu_seqlens_k, out, lse, scale, is_causal);
-  return explain(args, cpu_target());
+                       OptionalTensor score, OptionalTensor plan, OptionalTensor cu_seqlens_q,
+                       OptionalTensor cu_seqlens_k, std::int64_t keep_window, double scale, bool is_causal) {
+  const Forward pass = make_forward(query, key, value, bias, expiry, score, plan, cu_seqlens_q, cu_seqlens_k,
+                                    keep_window, scale, is_causal);
+  return explain(pass.args, pass.call.target());
 }
 
 std::string describe_build_op() { return std::string(version()) + "; " + describe_build(); }
@@ -149,20 +185,24 @@ std::string bug_names_op() {
 
 FLASH_DMATTN_LIBRARY(FLASH_DMATTN_TORCH_NAMESPACE, library) {
   library.def(
-      "select(Tensor score, int keep_window, bool is_causal, int num_sinks, int local_window, Tensor? "
-      "cu_seqlens) "
-      "-> Tensor");
+      "select(Tensor score, int keep_window, bool is_causal, int num_sinks, int local_window, "
+      "Tensor? cu_seqlens, SymInt num_queries=-1) -> Tensor");
   library.def(
-      "forward(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? expiry, Tensor? cu_seqlens_q, "
-      "Tensor? cu_seqlens_k, float scale, bool is_causal) -> (Tensor out, Tensor lse)");
+      "plan(Tensor? expiry, Tensor? score, Tensor? bias, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+      "SymInt num_queries, int keep_window, bool is_causal) -> Tensor");
+  library.def(
+      "forward(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? expiry, Tensor? score, "
+      "Tensor? plan, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int keep_window, float scale, "
+      "bool is_causal) -> (Tensor out, Tensor lse)");
   library.def(
       "backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor? bias, "
-      "Tensor? expiry, Tensor out, Tensor lse, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float scale, "
-      "bool is_causal, bool need_dq, bool need_dk, bool need_dv, bool need_dbias) "
-      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)");
+      "Tensor? expiry, Tensor? score, Tensor? plan, Tensor out, Tensor lse, Tensor? cu_seqlens_q, "
+      "Tensor? cu_seqlens_k, int keep_window, float scale, bool is_causal, bool need_dq, bool need_dk, "
+      "bool need_dv, bool need_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)");
   library.def(
-      "explain(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? expiry, Tensor? cu_seqlens_q, "
-      "Tensor? cu_seqlens_k, float scale, bool is_causal) -> str");
+      "explain(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? expiry, Tensor? score, "
+      "Tensor? plan, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int keep_window, float scale, "
+      "bool is_causal) -> str");
   library.def("describe_build() -> str");
 #if FLASH_DMATTN_BUG_HOOKS
   library.def("inject(int bug) -> ()");
@@ -170,12 +210,19 @@ FLASH_DMATTN_LIBRARY(FLASH_DMATTN_TORCH_NAMESPACE, library) {
 #endif
 }
 
-FLASH_DMATTN_LIBRARY_IMPL(FLASH_DMATTN_TORCH_NAMESPACE, CPU, library) {
+template <class Library>
+void implement(Library& library) {
   library.impl("select", TORCH_BOX(&select_op));
+  library.impl("plan", TORCH_BOX(&plan_op));
   library.impl("forward", TORCH_BOX(&forward_op));
   library.impl("backward", TORCH_BOX(&backward_op));
   library.impl("explain", TORCH_BOX(&explain_op));
 }
+
+FLASH_DMATTN_LIBRARY_IMPL(FLASH_DMATTN_TORCH_NAMESPACE, CPU, library) { implement(library); }
+#if FLASH_DMATTN_CUDA && !FLASH_DMATTN_EMULATED
+FLASH_DMATTN_LIBRARY_IMPL(FLASH_DMATTN_TORCH_NAMESPACE, CUDA, library) { implement(library); }
+#endif
 
 FLASH_DMATTN_LIBRARY_IMPL(FLASH_DMATTN_TORCH_NAMESPACE, CompositeExplicitAutograd, library) {
   library.impl("describe_build", TORCH_BOX(&describe_build_op));

@@ -209,6 +209,7 @@ class SelectProblem(NamedTuple):
     num_sinks: int
     local_window: int
     cu_seqlens: Tensor | None
+    num_queries: int = -1  # the last rows, which alone will read expiry; -1: all
 
 
 def select_problem(

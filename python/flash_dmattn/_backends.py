@@ -45,11 +45,13 @@ def attend(problem: Problem, name: str | None) -> tuple[Tensor, Tensor]:
                 num_sinks=0,
                 local_window=0,
                 cu_seqlens=problem.cu_seqlens_k,
+                num_queries=problem.query.shape[1] if problem.is_causal and not problem.is_packed else -1,
             )
         )
+        score = problem.score
         if expiry.shape != problem.key_sizes:
-            expiry = expiry.expand(problem.key_sizes)
-        problem = problem._replace(expiry=expiry, score=None)
+            expiry, score = expiry.expand(problem.key_sizes), score.expand(problem.key_sizes)
+        problem = problem._replace(expiry=expiry, score=score)
     return backend.attend(problem)
 
 
@@ -176,8 +178,11 @@ def _native_arguments(problem: Problem) -> tuple:
         problem.value,
         problem.bias,
         problem.expiry,
+        problem.score,
+        None,
         problem.cu_seqlens_q,
         problem.cu_seqlens_k,
+        problem.keep_window_size or 0,
         problem.scale,
         problem.is_causal,
     )
@@ -195,6 +200,7 @@ def _native_select(problem: SelectProblem) -> Tensor:
         problem.num_sinks,
         problem.local_window,
         problem.cu_seqlens,
+        problem.num_queries,
     )
 
 
@@ -224,7 +230,7 @@ def _flex_attend(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _tensor_select(problem: SelectProblem) -> Tensor:
-    return _select.select_keys(*problem[1:])
+    return _select.select_keys(*problem[1:-1])
 
 
 def _reference_attend(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -258,7 +264,7 @@ def _reference_why_not(problem: Problem) -> str:
 
 
 def _reference_select(problem: SelectProblem) -> Tensor:
-    return reference.select_keys(*problem[1:])
+    return reference.select_keys(*problem[1:-1])
 
 
 BACKENDS = (

@@ -19,21 +19,22 @@ native = torch.ops.flash_dmattn
 def register(namespace: str = "flash_dmattn") -> None:
     """Once per process, after the library that defines the operators of this namespace was loaded."""
     torch.library.register_fake(f"{namespace}::select", _select_fake)
+    torch.library.register_fake(f"{namespace}::plan", _plan_fake)
     torch.library.register_fake(f"{namespace}::forward", _forward_fake)
     torch.library.register_fake(f"{namespace}::backward", _backward_fake)
 
     backward = getattr(torch.ops, namespace).backward
 
     def backward_formula(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple:
-        query, key, value, bias, expiry, out, lse, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+        query, key, value, bias, *selection, out, lse, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
         needed = ctx.needs_input_grad[:4]
         if grad_out is None:
             grad_out = out.new_zeros(()).expand(out.shape)
         grads = backward(
-            grad_out, grad_lse, query, key, value, bias, expiry, out, lse, cu_seqlens_q, cu_seqlens_k,
-            ctx.scale, ctx.is_causal, *needed,
+            grad_out, grad_lse, query, key, value, bias, *selection, out, lse, cu_seqlens_q, cu_seqlens_k,
+            ctx.keep_window, ctx.scale, ctx.is_causal, *needed,
         )  # fmt: skip
-        return *(grad if need else None for grad, need in zip(grads, needed)), None, None, None, None, None
+        return *(grad if need else None for grad, need in zip(grads, needed)), *(None,) * 8
 
     torch.library.register_autograd(
         f"{namespace}::forward", backward_formula, setup_context=_save_for_backward
@@ -42,8 +43,8 @@ def register(namespace: str = "flash_dmattn") -> None:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, bias, expiry, cu_seqlens_q, cu_seqlens_k, ctx.scale, ctx.is_causal = inputs
-    ctx.save_for_backward(query, key, value, bias, expiry, *output, cu_seqlens_q, cu_seqlens_k)
+    *tensors, cu_seqlens_q, cu_seqlens_k, ctx.keep_window, ctx.scale, ctx.is_causal = inputs
+    ctx.save_for_backward(*tensors, *output, cu_seqlens_q, cu_seqlens_k)
     ctx.set_materialize_grads(False)  # a grad_lse that nobody asks for stays None
 
 
@@ -61,8 +62,23 @@ def _select_fake(
     num_sinks: int,
     local_window: int,
     cu_seqlens: Tensor | None,
+    num_queries: int = -1,
 ) -> Tensor:
     return torch.empty(score.shape, dtype=torch.int32, device=score.device)
+
+
+def _plan_fake(
+    expiry: Tensor | None,
+    score: Tensor | None,
+    bias: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    num_queries: int,
+    keep_window: int,
+    is_causal: bool,
+) -> Tensor:
+    num_elements = torch.library.get_ctx().new_dynamic_size()  # only the library knows
+    return torch.empty(num_elements, dtype=torch.int32, device=(bias if expiry is None else expiry).device)
 
 
 def _forward_fake(
@@ -71,8 +87,11 @@ def _forward_fake(
     value: Tensor,
     bias: Tensor | None,
     expiry: Tensor | None,
+    score: Tensor | None,
+    plan: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    keep_window: int,
     scale: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -90,10 +109,13 @@ def _backward_fake(
     value: Tensor,
     bias: Tensor | None,
     expiry: Tensor | None,
+    score: Tensor | None,
+    plan: Tensor | None,
     out: Tensor,
     lse: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    keep_window: int,
     scale: float,
     is_causal: bool,
     need_dq: bool,

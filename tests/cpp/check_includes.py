@@ -36,7 +36,8 @@ def own_headers(root: Path) -> set[str]:
     """Every header of the project as an include path could spell it."""
     names = set()
     for base in ("include", "src"):
-        names |= {str(path.relative_to(root / base)) for path in (root / base).rglob("*.h*")}
+        for pattern in ("*.h", "*.cuh"):
+            names |= {str(path.relative_to(root / base)) for path in (root / base).rglob(pattern)}
     return names
 
 

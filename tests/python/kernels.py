@@ -30,11 +30,23 @@ class OpsKernel:
     def ops(self):
         return getattr(torch.ops, self.namespace)
 
-    def select_keys(self, score, keep_window, causal=True, num_sinks=0, local_window=0, cu_seqlens=None):
-        return self.ops.select(score, keep_window, causal, num_sinks, local_window, cu_seqlens)
+    def select_keys(
+        self, score, keep_window, causal=True, num_sinks=0, local_window=0, cu_seqlens=None, num_queries=-1
+    ):
+        return self.ops.select(score, keep_window, causal, num_sinks, local_window, cu_seqlens, num_queries)
 
     def select(self, problem: Problem) -> torch.Tensor | None:
         return selection_of(self, problem)
+
+    @staticmethod
+    def selection(problem: Problem, expiry: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """(expiry, score, plan): the score where expiry is its plain selection."""
+        return expiry, problem.ranked_score() if OpsKernel.keep_window(problem, expiry) else None, None
+
+    @staticmethod
+    def keep_window(problem: Problem, expiry: torch.Tensor | None) -> int:
+        edited = problem.num_sinks or problem.local_window
+        return 0 if expiry is None or problem.score is None or edited else problem.keep_window
 
     def forward(self, problem: Problem, expiry: torch.Tensor | None) -> dict[str, torch.Tensor]:
         out, lse = self.ops.forward(
@@ -42,9 +54,10 @@ class OpsKernel:
             problem.key,
             problem.value,
             problem.bias,
-            expiry,
+            *self.selection(problem, expiry),
             problem.cu_seqlens_q,
             problem.cu_seqlens_k,
+            self.keep_window(problem, expiry),
             problem.scale,
             problem.causal,
         )
@@ -60,11 +73,12 @@ class OpsKernel:
             problem.key,
             problem.value,
             problem.bias,
-            expiry,
+            *self.selection(problem, expiry),
             out,
             lse,
             problem.cu_seqlens_q,
             problem.cu_seqlens_k,
+            self.keep_window(problem, expiry),
             problem.scale,
             problem.causal,
             *needs[:3],

@@ -47,7 +47,10 @@ def good_ops_select():
 
 
 def good_ops_forward(packed=False):
-    base = dict(bias=None, expiry=None, cu_seqlens_q=None, cu_seqlens_k=None, scale=1.0, is_causal=True)
+    base = dict(
+        bias=None, expiry=None, score=None, plan=None, cu_seqlens_q=None, cu_seqlens_k=None, keep_window=0,
+        scale=1.0, is_causal=True,
+    )  # fmt: skip
     return base | (good_varlen() if packed else good_func())
 
 
@@ -356,6 +359,10 @@ OPS_SELECT = [
     (dict(local_window=-1), R, "local_window", "-1", "at least 0"),
     (dict(local_window=1, is_causal=False), R, "local_window", "1", "0"),
     (dict(score=zeros(HKV, SK)), R, "score", r"\[2, 7\]", r"\[B, Hkv, Sk\]"),
+    (dict(num_queries=-2), R, "num_queries", "-2", "0 to Sk = 7"),
+    (dict(num_queries=8), R, "num_queries", "8", "0 to Sk = 7"),
+    (dict(num_queries=3, is_causal=False), R, "num_queries", "3 without causal", "-1"),
+    (dict(score=zeros(7, 2), cu_seqlens=cu(0, 7), num_queries=3), R, "num_queries", "3 with cu_seqlens", "-1"),
     (dict(score=zeros(B, HKV, SK, dtype=INT)), R, "score", "int32", "float64"),
     (dict(score=zeros(B, HKV, SK, dtype=torch.int64)), R, "score", "(Long|int64)", "float64"),
     (dict(score=zeros(1, 1, 1, 1, SK)), R, "score", "5 dimensions", "1 to 4"),
@@ -372,6 +379,7 @@ OPS_SELECT = [
     ),
     (dict(score=zeros(7, 2), cu_seqlens=cu()), R, "cu_seqlens", r"\[0\]", "sequences"),
 ]
+SELECTED = dict(expiry=zeros(B, HKV, SK, dtype=INT), keep_window=3)
 OPS_SHARED = [
     (dict(query=zeros(B, SQ, D)), R, "query", r"\[2, 5, 8\]", r"\[B, Sq, H, D\]"),
     (dict(key=zeros(B, SK, HKV, 9)), R, "key", r"\[2, 7, 2, 9\]", "D = 8"),
@@ -386,6 +394,14 @@ OPS_SHARED = [
     (dict(bias=zeros(B, H, SK)), R, "bias", r"\[2, 4, 7\]", "Hkv = 2"),
     (dict(expiry=zeros(B, HKV, SK)), R, "expiry", "float32", "int32"),
     (dict(expiry=zeros(B, HKV, 6, dtype=INT)), R, "expiry", r"\[2, 2, 6\]", "Sk = 7"),
+    (dict(score=zeros(B, HKV, SK)), R, "score", "a tensor without expiry", "none"),
+    (dict(keep_window=2), R, "keep_window", "2 without expiry", "0"),
+    (dict(keep_window=-1), R, "keep_window", "-1", "at least 0"),
+    (dict(SELECTED, score=zeros(B, HKV, SK, dtype=INT)), R, "score", "int32", "float64"),
+    (dict(SELECTED, score=zeros(B, HKV, 6)), R, "score", r"\[2, 2, 6\]", "Sk = 7"),
+    (dict(plan=zeros(2, 3, dtype=INT)), R, "plan", r"\[2, 3\]", r"\[n\]"),
+    (dict(plan=zeros(4)), R, "plan", "float32", "int32"),
+    (dict(plan=zeros(8, dtype=INT)[::2]), R, "plan", r"strides \[2\]", "contiguous"),
     (dict(scale=float("nan")), R, "scale", "nan", "finite"),
     (dict(scale=float("-inf")), R, "scale", "inf", "finite"),
     (dict(cu_seqlens_q=cu(0, 5)), R, "query", r"\[2, 5, 4, 8\]", r"\[total_q, H, D\]"),

@@ -48,15 +48,22 @@ def test_opcheck(kernel, case):
     if problem.score is not None:
         opcheck(
             kernel.ops.select.default,
-            (problem.score, problem.keep_window, case.causal, 1, 0, problem.cu_seqlens_k),
+            (problem.score, problem.keep_window, case.causal, 1, 0, problem.cu_seqlens_k, -1),
         )
-    packed = (problem.cu_seqlens_q, problem.cu_seqlens_k)
+    selection = kernel.selection(problem, expiry)
+    rest = (
+        problem.cu_seqlens_q,
+        problem.cu_seqlens_k,
+        kernel.keep_window(problem, expiry),
+        problem.scale,
+        case.causal,
+    )
     for needs in ((True, True, True, True), (False, True, False, True), (False,) * 4):
         leaves = [
             None if tensor is None else tensor.detach().clone().requires_grad_(need)
             for tensor, need in zip((problem.query, problem.key, problem.value, problem.bias), needs)
         ]
-        opcheck(kernel.ops.forward.default, (*leaves, expiry, *packed, problem.scale, case.causal))
+        opcheck(kernel.ops.forward.default, (*leaves, *selection, *rest))
         count("property")
     result = kernel.forward(problem, expiry)
     opcheck(
@@ -68,12 +75,10 @@ def test_opcheck(kernel, case):
             problem.key,
             problem.value,
             problem.bias,
-            expiry,
+            *selection,
             result["out"],
             result["lse"],
-            *packed,
-            problem.scale,
-            case.causal,
+            *rest,
             True,
             False,
             True,

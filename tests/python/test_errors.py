@@ -119,31 +119,17 @@ def test_bad_expiry_is_safe_without_validation(kernel):
         B, HKV, SK
     )
     tame = wild.clamp(0, SK)
+    no_packing = (None, None)
     for causal in (True, False):
-        wanted = kernel.ops.forward(query, key, key, None, tame, None, None, 1.0, causal)
-        actual = kernel.ops.forward(query, key, key, None, wild, None, None, 1.0, causal)
-        assert torch.equal(actual[0], wanted[0]) and torch.equal(actual[1], wanted[1])
-        grads = [
-            kernel.ops.backward(
-                query,
-                None,
-                query,
-                key,
-                key,
-                None,
-                expiry,
-                *result,
-                None,
-                None,
-                1.0,
-                causal,
-                True,
-                True,
-                True,
-                False,
+        last = (*no_packing, 0, 1.0, causal)  # keep_window, scale, is_causal
+        results, gradients = {}, {}
+        for name, expiry in (("wild", wild), ("tame", tame)):
+            inputs = (query, key, key, None, expiry, None, None)
+            results[name] = kernel.ops.forward(*inputs, *last)
+            gradients[name] = kernel.ops.backward(
+                query, None, *inputs, *results[name], *last, True, True, True, False
             )
-            for expiry, result in ((wild, actual), (tame, wanted))
-        ]
-        for first, second in zip(*grads):
-            assert torch.equal(first, second)
-            count("bitwise")
+        for tensors in (results, gradients):
+            for first, second in zip(tensors["wild"], tensors["tame"]):
+                assert torch.equal(first, second)
+                count("bitwise")
