@@ -8,6 +8,7 @@ KERNELS names what can be tested.
 import tiers
 from cases import DTYPES, INT32_MAX, Case, Problem, make
 from counters import count
+from emulated import EmulatedKernel
 from kernels import OpsKernel, PublicKernel
 from oracle import Expected, expected
 
@@ -16,6 +17,9 @@ __all__ = ["Case", "INT32_MAX", "KERNELS", "check", "failures_of", "kernel_of", 
 ALL = tuple(DTYPES)
 KERNELS = {
     "cpu": OpsKernel("cpu", "cpu", ALL, keeps_float32=True),
+    "cuda-emulated": EmulatedKernel(
+        "cuda-emulated", "cpu", ("bf16", "f16"), keeps_float32=False, namespace="flash_dmattn_emulated"
+    ),
     "public-cpu": PublicKernel("public-cpu", "cpu", ALL, keeps_float32=True),
     "reference-cpu": PublicKernel(
         "reference-cpu", "cpu", ALL, keeps_float32=False, backend="reference", contiguous=("out", "lse")
