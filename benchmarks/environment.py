@@ -31,8 +31,17 @@ def describe() -> dict[str, object]:
     if "cpu" in flash_dmattn.get_available_backends():
         found["build"] = torch.ops.flash_dmattn.describe_build()
     if torch.cuda.is_available():
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        found |= {"gpu": torch.cuda.get_device_name(), "driver": _driver(), "cuda": torch.version.cuda}
+        found["cudnn"] = torch.backends.cudnn.version()
     return found
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return ""
 
 
 def _cpu_name() -> str:

@@ -18,23 +18,24 @@ sys.path.insert(0, folder)
 import methods, run
 
 def change(solve):
-    def solve_wrongly(problem):
-        results = yield from solve(problem)
+    def solve_wrongly(problem, state):
+        results = yield from solve(problem, state)
         if changed in results:
             results[changed] = results[changed] + (results[changed] / 100).to(results[changed].dtype)
         return results
     return solve_wrongly
 
-ours = methods.METHODS[methods.OURS]
-variants = {name: change(solve) for name, solve in ours.variants.items()}
-methods.METHODS[methods.OURS] = ours._replace(variants=variants)
+for name in (methods.OURS, methods.STAGES):
+    method = methods.METHODS[name]
+    variants = {variant: change(solve) for variant, solve in method.variants.items()}
+    methods.METHODS[name] = method._replace(variants=variants)
 sys.exit(run.main())
 """
 
 
-@pytest.mark.parametrize("changed", ["nothing", "dscore", "expiry"])
+@pytest.mark.parametrize("changed", ["nothing", "out", "dscore", "expiry"])
 def test_refuses_to_time_what_is_wrong(changed):
-    arguments = ["--suite", "smoke", "--rounds", "3", "--threads", "1"]
+    arguments = ["--suite", "smoke", "--runs", "3", "--threads", "1"]
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, BENCHMARKS, changed, *arguments],
         capture_output=True,

@@ -1,0 +1,199 @@
+"""The figures that the CUDA kernels have to reach, each measured and said to be reached or not.
+
+    python benchmarks/figures.py --out benchmarks/results/figures.json
+
+Made for an H200. Baselines are measured in the same run; every method is checked before (measure.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import environment
+from flash_dmattn import flash_dmattn_func
+from measure import Options, measure_case, statistic
+from problem import SCORES, exact_expiry, make_problem
+from run import write
+from suites import BESIDE, MASKED, OURS, STAGES, Case
+from timing import extra_bytes, timed
+
+
+@dataclass
+class Figure:
+    what: str
+    value: float | None  # None: not measured, and detail says why
+    unit: str
+    limit: float
+    at_least: bool = False
+    aim: float | None = None
+    detail: str = ""
+
+    @property
+    def reached(self) -> bool:
+        if self.value is None:
+            return False
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    def line(self) -> str:
+        value = "not measured" if self.value is None else f"{self.value:.4g} {self.unit}"
+        asked = f"{'at least' if self.at_least else 'at most'} {self.limit:.4g}"
+        asked += f", aim {self.aim:g}" if self.aim else ""
+        return f"{'reached' if self.reached else 'NOT REACHED':>11}  {self.what}: {value} ({asked}) {self.detail}"
+
+
+SELECTIONS = ((32768, 8, 1024, 60e-6), (131072, 8, 2048, 200e-6), (1048576, 8, 4096, 1.5e-3))
+
+
+def _median(entry: dict, method: str, stage: str) -> float:
+    if method not in entry["methods"]:
+        raise RuntimeError(f"{method}: {entry['not_run'][method]}")
+    return entry["methods"][method]["seconds"][stage]["median"]
+
+
+def against_mask(keep: list[dict], options: Options) -> Iterator[Figure]:
+    case = Case(1, 2, 1, 32768, 32768, 64, 1024, "figures", baselines=BESIDE, backward=True)
+    entry = measure_case(case, options, [])
+    keep.append(entry)
+    for stage, limit in (("forward", 12.0), ("backward", 8.0)):
+        ours, mask = (_median(entry, method, stage) for method in (OURS, MASKED))
+        detail = f"{1e3 * ours:.3f} ms end to end, SDPA with the dense mask {1e3 * mask:.3f} ms"
+        yield Figure(f"{stage} {case.name}", mask / ours, "times", limit, at_least=True, detail=detail)
+
+
+def throughput(keep: list[dict], options: Options) -> Iterator[Figure]:
+    beside = tuple(name for name in BESIDE if name != MASKED)
+    case = Case(1, 32, 8, 32768, 32768, 128, 1024, "figures", baselines=beside, backward=True)
+    entry = measure_case(case, options, [])
+    keep.append(entry)
+    for stage, limit, aim in (("forward", 160.0, 220.0), ("backward", 90.0, 130.0)):
+        seconds = _median(entry, STAGES, stage)
+        rate = entry["methods"][STAGES]["gflops"][stage] / 1e3
+        what = f"{stage} kernel {case.name}"
+        yield Figure(what, rate, "TFLOP/s", limit, True, aim, f"{1e3 * seconds:.3f} ms")
+
+
+def selection_and_plan(keep: list[dict], options: Options) -> Iterator[Figure]:
+    for seqlen, heads_kv, window, limit in SELECTIONS:
+        for kind in ("iid", "recency"):
+            samples = _select_and_plan(seqlen, heads_kv, window, kind, options)
+            found = {stage: statistic([sample[stage] for sample in samples]) for stage in samples[0]}
+            name = f"N{seqlen} Hkv{heads_kv} w{window} {kind}"
+            keep.append({"name": f"select and plan {name}", "seconds": found})
+            select, plan = (1e6 * found[stage]["median"] for stage in ("select", "plan"))
+            yield Figure(f"selection {name}", select, "us", 1e6 * limit)
+            yield Figure(f"plan {name}", plan, "us", select, detail="the selection's time")
+
+
+def _select_and_plan(seqlen: int, heads_kv: int, window: int, kind: str, options: Options) -> list[dict]:
+    ops = torch.ops.flash_dmattn
+    generator = torch.Generator("cuda").manual_seed(options.seed)
+    score = SCORES[kind](torch.randn(1, heads_kv, seqlen, generator=generator, device="cuda"))
+    exact = ops.select(score.cpu(), window, True, 0, 0, None)
+
+    def work(mark: Callable[[str], None]) -> None:
+        expiry = ops.select(score, window, True, 0, 0, None)
+        mark("select")
+        ops.plan(expiry, score, score, None, None, seqlen, window, True)
+        mark("plan")
+
+    if not torch.equal(ops.select(score, window, True, 0, 0, None).cpu(), exact):
+        raise RuntimeError(f"the selection of N{seqlen} w{window} {kind} is wrong")
+    return [timed("cuda", work) for _ in range(options.warmup + 2 * options.runs)][options.warmup :]
+
+
+def memory(keep: list[dict], options: Options) -> Iterator[Figure]:
+    for kind in ("iid", "equal"):
+        case = Case(1, 32, 8, 131072, 131072, 128, 2048, "figures", score=kind, backward=True)
+        problem = make_problem(case, options.seed)
+        found = extra_bytes(problem, OURS, "")
+        inputs = sum(x.numel() * x.element_size() for x in (*problem.inputs(), problem.dout))
+        keep.append({"name": f"memory {case.name}", "inputs": inputs, **found})
+        share = 100 * (found["extra"] - found["results"]) / (inputs + found["results"])
+        detail = f"{(found['extra'] - found['results']) / 1e6:.0f} MB beyond {(inputs + found['results']) / 1e6:.0f} MB"
+        yield Figure(f"extra memory, forward and backward, {case.name}", share, "%", 15.0, detail=detail)
+        del problem
+        torch.cuda.empty_cache()
+
+
+def time_per_token(keep: list[dict], options: Options) -> Iterator[Figure]:
+    """The largest over the smallest, over lengths."""
+    times: dict[str, dict[int, float]] = {"forward": {}, "backward": {}}
+    for seqlen in (32768, 65536, 131072, 262144, 524288):
+        case = Case(1, 16, 4, seqlen, seqlen, 128, 1024, "figures", backward=True)
+        entry = measure_case(case, Options(max(3, options.runs // 2), 1, options.seed, 10.0, False), [])
+        keep.append(entry)
+        for stage, by_length in times.items():
+            by_length[seqlen] = 1e9 * _median(entry, OURS, stage) / seqlen
+        torch.cuda.empty_cache()
+    for stage, by_length in times.items():
+        spread = 100 * (max(by_length.values()) / min(by_length.values()) - 1)
+        detail = ", ".join(f"{seqlen}: {value:.2f} ns" for seqlen, value in by_length.items())
+        yield Figure(f"time per token, {stage}, H16 Hkv4 D128 w1024", spread, "% apart", 10.0, detail=detail)
+
+
+def host_time(keep: list[dict], options: Options) -> Iterator[Figure]:
+    """What one call keeps the host busy for, while the device has room in its queue."""
+    case = Case(1, 8, 2, 1024, 1024, 64, 256, "figures")
+    problem = make_problem(case, options.seed)
+    expiry = exact_expiry(problem)
+    selecting = {"keep_window_size": case.keep_window}
+    for name, selection, limit in (("", selecting, 45.0), (", expiry given", {"expiry": expiry}, 25.0)):
+        query, key, value, score = problem.inputs()
+        samples = []
+        for _ in range(30):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(50):
+                flash_dmattn_func(query, key, value, attn_bias=score, is_causal=True, **selection)
+            samples.append((time.perf_counter() - start) / 50)
+        found = statistic(samples[5:])
+        keep.append({"name": f"host time{name}", "seconds": found})
+        yield Figure(f"host time of a forward without gradients{name}", 1e6 * found["median"], "us", limit)
+
+
+SECTIONS = (host_time, selection_and_plan, against_mask, throughput, memory, time_per_token)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=11)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="no section begins after this long")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    arguments = parser.parse_args()
+    options = Options(arguments.runs, arguments.warmup, arguments.seed, 10.0)
+    found: dict = {"environment": environment.describe(), "options": vars(options), "figures": [], "measured": []}
+    print("\n".join(f"{name}: {value}" for name, value in found["environment"].items()))
+    started, complete = time.perf_counter(), True
+    for section in SECTIONS:
+        elapsed = time.perf_counter() - started
+        print(f"\n{section.__name__.replace('_', ' ')} ({elapsed:.0f} s)", flush=True)
+        try:
+            if elapsed > arguments.budget_seconds:
+                raise RuntimeError("no time was left")
+            for figure in section(found["measured"], options):
+                print(figure.line(), flush=True)
+                found["figures"].append(vars(figure) | {"reached": figure.reached})
+        except Exception as error:  # the other sections are still worth having
+            complete = False
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"not measured: {reason}", flush=True)
+            found["figures"].append({"what": section.__name__, "value": None, "reached": False, "detail": reason})
+        found["seconds"] = time.perf_counter() - started
+        write(arguments.out, found)
+        torch.cuda.empty_cache()
+    reached = sum(figure["reached"] for figure in found["figures"])
+    print(f"\n{reached} of {len(found['figures'])} figures reached, in {found['seconds']:.0f} s")
+    return 0 if complete else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
