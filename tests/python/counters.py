@@ -10,6 +10,7 @@ LABELS = {
     "tier B": "elements within their own bound",
     "tier C": "tensors within their aggregate bound",
     "selection": "expiries equal to the heap's",
+    "plan": "plan entries equal to the model's",
     "bitwise": "tensors compared bit for bit",
     "property": "identities checked without a reference",
     "fuzz": "fuzz examples",
@@ -18,6 +19,7 @@ LABELS = {
 }
 
 counts: Counter = Counter()
+worst: dict[str, float] = {}  # by tensor, the largest error as a fraction of its bound
 notes: list[str] = []
 
 
@@ -25,6 +27,10 @@ def count(kind: str, number: int = 1) -> None:
     if kind not in LABELS:
         raise KeyError(kind)
     counts[kind] += number
+
+
+def record_worst(tensor: str, ratio: float) -> None:
+    worst[tensor] = max(worst.get(tensor, 0.0), ratio)
 
 
 def note(line: str) -> None:

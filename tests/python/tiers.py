@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from cases import accumulation
-from counters import count
+from counters import count, record_worst
 from oracle import FLOAT32, Answer, Expected
 
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: FLOAT32, torch.float64: 2.0**-53}
@@ -106,10 +106,11 @@ def tier_b(tensor: str, actual: torch.Tensor, answer: Answer, rule: Rule) -> Fai
     allowed = bound(tensor, answer, actual.dtype, rule)
     error = (x - ref).abs().where(finite, torch.zeros(()).double())
     bad = error > allowed
+    excess = error / allowed.clamp(min=2.0**-1074)
+    worst = int(excess.flatten().argmax())
+    record_worst(tensor, float(excess.flatten()[worst]))
     if not bad.any():
         return None
-    excess = (error / allowed.clamp(min=2.0**-1074)).where(bad, torch.zeros(()).double())
-    worst = int(excess.flatten().argmax())
     return Failure(
         check,
         tensor,
