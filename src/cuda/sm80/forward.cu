@@ -39,11 +39,11 @@ constexpr Instance<Run> instance(DType dtype) {
 
 // Registers allow two CTAs of 128 threads per multiprocessor.
 template <typename Element>
-using Config64 = ForwardConfig<Element, 64, 2, 64, 2>;
+using Config64 = ForwardConfig<Element, 64, 4, 2, 64, 2>;
 template <typename Element>
-using Config128 = ForwardConfig<Element, 128, 2, 64, 2>;
+using Config128 = ForwardConfig<Element, 128, 4, 2, 64, 2>;
 template <typename Element>
-using Config256 = ForwardConfig<Element, 256, 1, 64, 2>;
+using Config256 = ForwardConfig<Element, 256, 4, 1, 64, 2>;
 
 constexpr Instance<Run> kInstances[] = {
     instance<Config64<BFloat16>>(DType::kBFloat16),  instance<Config64<Float16>>(DType::kFloat16),

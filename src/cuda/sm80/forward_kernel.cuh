@@ -19,12 +19,12 @@
 
 namespace flash_dmattn::cuda::sm80 {
 
-template <typename Element_, int kHeadDim_, int kMTiles_, int kTileN_, int kCtasPerSm_>
+template <typename Element_, int kHeadDim_, int kWarps_, int kMTiles_, int kTileN_, int kCtasPerSm_>
 struct ForwardConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kMTiles = kMTiles_;  // blocks of 16 rows per warp
-  static constexpr int kWarps = 4;
+  static constexpr int kWarps = kWarps_;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kTileM = 16 * kMTiles * kWarps;
   static constexpr int kTileN = kTileN_;
