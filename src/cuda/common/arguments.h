@@ -7,6 +7,7 @@
 #include <limits>
 #include <string>
 
+#include "cuda/common/device.h"
 #include "cuda/common/geometry.cuh"
 #include "flash_dmattn/attention.h"
 
@@ -61,22 +62,18 @@ VectorTensor<Element> query_tensor(const TensorView& view) {
   return {data, stride[0], stride[1], stride[2]};
 }
 
-// Why this build's kernels do not run on the target, or "". Also makes sure that its device can be asked.
+// Why this build's kernels do not run on the target, or "".
 inline std::string device_why_not(const Target& target) {
   if (target.device_type != DeviceType::kCuda) return "takes tensors in the memory of a CUDA device";
-  int major = 0;
-  int minor = 0;
-  cudaError_t status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, target.device_index);
-  if (status == cudaSuccess) {
-    status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, target.device_index);
+  const DeviceProperties properties = device_properties(target.device_index);
+  if (properties.status != cudaSuccess) {
+    return "CUDA device " + std::to_string(target.device_index) + ": " +
+           cudaGetErrorString(properties.status);
   }
-  if (status != cudaSuccess) {
-    cudaGetLastError();  // a failed question must not haunt the next launch
-    return "CUDA device " + std::to_string(target.device_index) + ": " + cudaGetErrorString(status);
-  }
-  if (major < 8) {
-    return "needs compute capability 8.0 or higher, this GPU has " + std::to_string(major) + "." +
-           std::to_string(minor);
+  if (properties.compute_capability < 80) {
+    return "needs compute capability 8.0 or higher, this GPU has " +
+           std::to_string(properties.compute_capability / 10) + "." +
+           std::to_string(properties.compute_capability % 10);
   }
   return "";
 }

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "core/dtype.h"
+#include "cuda/common/device.h"
 #include "flash_dmattn/tensor_view.h"
 
 namespace flash_dmattn::cuda::sm80 {
@@ -41,9 +42,8 @@ std::string why_not(std::span<const Instance<Run>> instances, const TensorView& 
     return "takes head dims up to " + std::to_string(instances.back().head_dim) + ", got " +
            std::to_string(head_dim);
   }
-  int limit = 0;
-  if (cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess ||
-      instance->shared_bytes > static_cast<std::size_t>(limit)) {
+  const int limit = device_properties(device).max_shared_bytes;
+  if (instance->shared_bytes > static_cast<std::size_t>(limit)) {
     return "needs " + std::to_string(instance->shared_bytes) + " bytes of shared memory, this GPU has " +
            std::to_string(limit);
   }
