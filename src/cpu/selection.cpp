@@ -100,20 +100,25 @@ struct ExpiryWriter {
   std::int32_t seqlen;
   std::int64_t num_sinks;
   std::int64_t local_window;
+  std::int64_t first_position;  // of the rows that read expiry
 
   ExpiryWriter(const SelectArgs& args, VectorView<std::int32_t> expiry, std::int64_t seqlen)
       : expiry(expiry),
         seqlen(static_cast<std::int32_t>(seqlen)),
         num_sinks(args.num_sinks),
-        local_window(std::min(args.local_window, seqlen)) {}
+        local_window(std::min(args.local_window, seqlen)),
+        first_position(args.num_queries < 0 ? 0 : std::max<std::int64_t>(seqlen - args.num_queries, 0)) {}
 
+  // A key that none of the rows sees gets its own position.
+  void store(std::int64_t key, std::int64_t value) const {
+    expiry[key] = static_cast<std::int32_t>(value <= first_position ? key : value);
+  }
   void disabled(std::int64_t key) const { expiry[key] = static_cast<std::int32_t>(key); }
-  void never_evicted(std::int64_t key) const { expiry[key] = seqlen; }
+  void never_evicted(std::int64_t key) const { store(key, seqlen); }
   // Dropped by the ranks at this position; the key's own: never among the best.
   void dropped(std::int64_t key, std::int64_t position) const {
     if (key < num_sinks) return never_evicted(key);
-    const std::int64_t local = std::min<std::int64_t>(key + local_window, seqlen);
-    expiry[key] = static_cast<std::int32_t>(std::max(position, local));
+    store(key, std::max(position, std::min<std::int64_t>(key + local_window, seqlen)));
   }
 };
 

@@ -1,0 +1,248 @@
+#include "cuda/selection/select.h"
+
+#include <algorithm>
+#include <limits>
+#include <string>
+
+#include "core/dtype.h"
+#include "core/workspace.h"
+#include "cuda/backend.h"
+#include "cuda/common/arguments.h"
+#include "cuda/common/launch.h"
+#include "cuda/selection/select_chunk.cuh"
+#include "cuda/selection/select_kernels.cuh"
+#include "cuda/selection/select_problem.cuh"
+
+namespace flash_dmattn::cuda {
+namespace {
+
+constexpr int kAll = std::numeric_limits<int>::max();
+constexpr int kMaxChunk = 1024;
+constexpr int kMaxSuperChunk = 32768;
+
+enum class Path { kKeepAll, kOneChunk, kChunks, kKeepBest };
+
+int clamp_to_int(std::int64_t value) { return static_cast<int>(std::min<std::int64_t>(value, kAll)); }
+
+int round_up(std::int64_t value, int unit) { return clamp_to_int(ceil_div(value, unit) * unit); }
+
+Geometry make_geometry(const SelectArgs& args) {
+  Geometry geometry;
+  geometry.cu_seqlens_k = cu_seqlens_data(args.cu_seqlens);
+  const bool packed = geometry.packed();
+  geometry.num_sequences = static_cast<int>(packed ? args.cu_seqlens.shape[0] - 1 : args.score.shape[0]);
+  geometry.seqlen_k = static_cast<int>(args.score.shape[packed ? 0 : 2]);
+  geometry.heads_kv = static_cast<int>(args.score.shape[1]);
+  return geometry;
+}
+
+// An upper bound, if packed.
+int longest_sequence(const SelectArgs& args) { return make_geometry(args).seqlen_k; }
+
+// Rows whose exact expiry is to be found: few, or all.
+int tail_rows(const SelectArgs& args) {
+  if (!args.causal || args.num_queries == 1) return 0;  // one row sees what is kept at the end
+  const bool few = args.num_queries >= 0 && args.num_queries <= longest_sequence(args) / 2;
+  return few ? static_cast<int>(args.num_queries) : kAll;
+}
+
+Path path_of(const SelectArgs& args, const SelectSizes& sizes) {
+  const int longest = longest_sequence(args);
+  if (args.keep_window >= longest || args.num_queries == 0) return Path::kKeepAll;
+  const int tail = tail_rows(args);
+  if (tail == 0) return Path::kKeepBest;
+  return tail == kAll && longest <= sizes.chunk ? Path::kOneChunk : Path::kChunks;
+}
+
+SelectCut make_cut(const SelectArgs& args, const SelectSizes& sizes, Path path) {
+  SelectCut cut;
+  cut.chunk = sizes.chunk;
+  cut.tail = path == Path::kKeepAll ? 0 : tail_rows(args);
+  // Lists of keep_window keys per super-chunk are few and short enough if it is as long; and one super-chunk
+  // needs no lists at all.
+  const int least = round_up(std::max<std::int64_t>(args.keep_window, sizes.super_chunk), sizes.chunk);
+  const int longest = std::max(longest_sequence(args), 1);
+  const bool several = least <= longest / 2 || sizes.super_chunk >= args.keep_window;
+  cut.super_chunk = several ? least : std::max(least, round_up(longest, sizes.chunk));
+  return cut;
+}
+
+void number_pieces(SelectProblem& problem) {
+  const int seqlen = problem.geometry.seqlen_k;
+  const SelectCut& cut = problem.cut;
+  const bool packed = problem.geometry.packed();
+  const int chunks = packed ? 0 : cut.chunks(seqlen);
+  const int supers = packed ? 0 : cut.supers(seqlen);
+  const bool has_prefix = !packed && cut.prefix(seqlen) > 0;
+  const auto survivor_pieces = has_prefix ? static_cast<int>(ceil_div(problem.keep_window, cut.chunk)) : 0;
+  problem.tiles = {kConvertTile, 1, static_cast<int>(ceil_div(seqlen, kConvertTile))};
+  problem.supers = {std::max(cut.super_chunk / 2, 1), 0, supers};
+  problem.boundaries = {cut.chunk, 2, chunks + 1};
+  problem.deaths = {cut.chunk, 1, chunks + survivor_pieces};
+  problem.chunks = {cut.chunk, 1, chunks};
+}
+
+// Cuts the arrays that the kernels of the path need.
+void cut_arrays(Arena& arena, SelectProblem& problem, Path path) {
+  if (path == Path::kKeepAll || path == Path::kOneChunk) return;
+  const Geometry& geometry = problem.geometry;
+  const auto heads = static_cast<std::size_t>(geometry.heads_kv);
+  problem.bits = arena.take<unsigned>(heads * geometry.total_k());
+  const bool several_supers = geometry.packed() ? problem.cut.super_chunk < geometry.seqlen_k
+                                                : problem.cut.supers(geometry.seqlen_k) > 1;
+  if (several_supers) {
+    const std::size_t places = heads * problem.supers.count(geometry) * problem.keep_window;
+    problem.local_bits = arena.take<unsigned>(places);
+    problem.local_keys = arena.take<int>(places);
+    if (path == Path::kChunks) {
+      problem.survivor_bits = arena.take<unsigned>(places);
+      problem.survivor_keys = arena.take<int>(places);
+    }
+  }
+  if (path == Path::kKeepBest) return;
+  const std::size_t boundaries = heads * problem.boundaries.count(geometry);
+  problem.thresholds = arena.take<Rank>(boundaries);
+  problem.num_alive = arena.take<int>(boundaries);
+  problem.num_old = arena.take<int>(boundaries);
+  problem.old_entries =
+      geometry.packed() ? geometry.total_k() : problem.chunks.count(geometry) * problem.cut.chunk;
+  problem.old = arena.take<int>(heads * problem.old_entries);
+}
+
+SelectProblem make_problem(const SelectArgs& args, const SelectSizes& sizes, Path path, Arena& arena) {
+  SelectProblem problem;
+  problem.geometry = make_geometry(args);
+  const bool packed = problem.geometry.packed();
+  const auto& stride = args.score.stride;
+  problem.score_dtype = args.score.dtype;
+  problem.score = args.score.data;
+  problem.score_batch_stride = packed ? 0 : stride[0];
+  problem.score_head_stride = stride[1];
+  problem.score_stride = packed ? stride[0] : stride[2];
+  problem.expiry = key_tensor<int>(args.expiry);
+  problem.keep_window = clamp_to_int(args.keep_window);
+  problem.num_sinks = clamp_to_int(args.num_sinks);
+  problem.local_window = clamp_to_int(args.local_window);
+  problem.num_queries = args.num_queries < 0 ? kAll : clamp_to_int(args.num_queries);
+  problem.keep_all = path == Path::kKeepAll;
+  problem.cut = make_cut(args, sizes, path);
+  number_pieces(problem);
+  cut_arrays(arena, problem, path);
+  return problem;
+}
+
+using Kernel = void (*)(SelectProblem);
+
+// Queues kernels one after the other and keeps the first error.
+class Queue {
+ public:
+  Queue(const SelectProblem& problem, cudaStream_t stream) : problem_(problem), stream_(stream) {}
+
+  // A CTA for each of `pieces` pieces of every head.
+  void run(Kernel kernel, std::int64_t pieces, int threads) {
+    if (status_ != cudaSuccess) return;
+    const auto grid = static_cast<unsigned>(pieces * problem_.geometry.heads_kv);
+    status_ = launch(kernel, {grid, static_cast<unsigned>(threads), 0, stream_}, problem_);
+  }
+  void run(Kernel kernel, const Numbering& numbering, int threads) {
+    run(kernel, numbering.count(problem_.geometry), threads);
+  }
+
+  cudaError_t status() const { return status_; }
+
+ private:
+  const SelectProblem& problem_;
+  cudaStream_t stream_;
+  cudaError_t status_ = cudaSuccess;
+};
+
+Kernel finish_kernel(int chunk) {
+  return chunk == 32 ? finish_chunks<32> : chunk == 256 ? finish_chunks<256> : finish_chunks<1024>;
+}
+
+}  // namespace
+
+SelectSizes choose_select_sizes(const SelectArgs& args) {
+  const Geometry geometry = make_geometry(args);
+  const std::int64_t longest = geometry.seqlen_k;
+  const int tail = tail_rows(args);
+  const std::int64_t rows = tail == kAll ? geometry.total_k() : std::int64_t{tail} * geometry.num_sequences;
+  SelectSizes sizes;
+  if (longest <= 32) {
+    sizes.chunk = 32;
+  } else if (longest <= 256 || (longest > kMaxChunk && rows * geometry.heads_kv <= 128 * kMaxChunk)) {
+    sizes.chunk = 256;  // of short calls, to have a CTA for every SM
+  } else {
+    sizes.chunk = kMaxChunk;
+  }
+  sizes.super_chunk = kMaxSuperChunk;
+  if (tail != kAll && longest > kMaxSuperChunk) {
+    // One CTA reads keep_window keys of each super-chunk of the prefix: as many as it reads in a super-chunk.
+    while (sizes.super_chunk > 4096 && static_cast<double>(sizes.super_chunk) * sizes.super_chunk / 2 >
+                                           static_cast<double>(longest) * args.keep_window) {
+      sizes.super_chunk /= 2;
+    }
+  }
+  return sizes;
+}
+
+std::size_t select_workspace_bytes(const SelectArgs& args, const SelectSizes& sizes) {
+  Arena arena;
+  make_problem(args, sizes, path_of(args, sizes), arena);
+  return arena.bytes();
+}
+
+cudaError_t select(const SelectArgs& args, const SelectSizes& sizes, const Workspace& workspace,
+                   cudaStream_t stream) {
+  if (args.score.num_elements() == 0 || make_geometry(args).num_sequences == 0) return cudaSuccess;
+  const Path path = path_of(args, sizes);
+  Arena arena(workspace);
+  const SelectProblem problem = make_problem(args, sizes, path, arena);
+  Queue queue(problem, stream);
+  const Kernel finish = finish_kernel(sizes.chunk);
+  const bool has_lists = problem.local_bits != nullptr;
+  if (path == Path::kOneChunk) {
+    queue.run(finish, problem.chunks, sizes.chunk);
+    return queue.status();
+  }
+  queue.run(convert_scores, problem.tiles, kConvertThreads);
+  if (path == Path::kKeepAll) return queue.status();
+  if (has_lists) queue.run(select_in_supers, problem.supers, kSelectThreads);
+  if (path == Path::kKeepBest) {
+    queue.run(keep_best, problem.geometry.num_sequences, kSelectThreads);
+    return queue.status();
+  }
+  if (has_lists) queue.run(merge_supers, problem.supers, kSelectThreads);
+  queue.run(find_thresholds, problem.boundaries, kSelectThreads);
+  queue.run(find_death_chunks, problem.deaths, kDeathThreads);
+  queue.run(finish, problem.chunks, sizes.chunk);
+  return queue.status();
+}
+
+std::string select_why_not(const SelectArgs& args, const Target& target) {
+  const std::string reason = device_why_not(target);
+  if (!reason.empty()) return reason;
+  if (args.score.dtype == DType::kFloat64) {
+    return "takes float32, bfloat16 and float16 scores, not float64";
+  }
+  // Tiles, chunks and boundaries number at most length / 32 + 2 per sequence and head.
+  const Geometry geometry = make_geometry(args);
+  const double pieces = static_cast<double>(geometry.total_k()) / 32 + 2.0 * geometry.num_sequences;
+  if (pieces * geometry.heads_kv > kAll) return "takes fewer than 2^30 sequences times heads";
+  return "";
+}
+
+std::size_t select_workspace_bytes(const SelectArgs& args, const Target& /*target*/) {
+  return select_workspace_bytes(args, choose_select_sizes(args));
+}
+
+Status select(const SelectArgs& args, const Target& target, const Workspace& workspace) {
+  const DeviceGuard guard(target.device_index);
+  cudaError_t status = guard.status();
+  if (status == cudaSuccess) {
+    status = select(args, choose_select_sizes(args), workspace, static_cast<cudaStream_t>(target.stream));
+  }
+  return device_status("select", status);
+}
+
+}  // namespace flash_dmattn::cuda

@@ -1,0 +1,253 @@
+// Exact deaths inside one chunk. The candidates are its new keys above the threshold at its start, and the
+// old ones that die in it: at most twice the chunk, whatever keep_window is. Sorted by rank, the time of
+// every death is one query: a key dies when as many better ones have come as there were worse ones and free
+// places before.
+#pragma once
+
+#include <cub/block/block_scan.cuh>
+
+#include "cuda/selection/select_problem.cuh"
+
+namespace flash_dmattn::cuda {
+
+// Of the new keys: which time (index in the chunk) has which rank. Answers kth in logarithmic time.
+template <int kChunk>
+struct RankTimes {
+  static constexpr int kBlocks = kChunk / 32;  // of 32 ranks, and of 32 times
+  static constexpr int kNone = kChunk;
+
+  int time_of_rank[kChunk];  // rank 0 is the best
+  int rank_of_time[kChunk];  // kNone where no new key is
+  unsigned until[kBlocks + 1]
+                [kBlocks];  // [ranks][times]: the ranks of a block whose time is in block `times` or before
+  int count_before[kBlocks + 1][kBlocks];  // [ranks][times]: how many ranks of the blocks before are such
+  unsigned best[kBlocks][32];              // [times][n]: the times of a block that have its n + 1 best ranks
+
+  // From time_of_rank[0, num_new) and rank_of_time. Ends without a barrier behind the last writes.
+  __device__ void build(int num_new) {
+    const int warp = warp_index();
+    const int lane = lane_index();
+    const int rank = 32 * warp + lane;
+    const int time_block = rank < num_new ? time_of_rank[rank] / 32 : kBlocks;
+    unsigned mine = 0;
+    for (int block = 0; block < kBlocks; ++block) {
+      const unsigned mask = __ballot_sync(kFullWarp, time_block <= block);
+      if (lane == block) mine = mask;
+    }
+    if (lane < kBlocks) until[warp][lane] = mine;
+    if (warp == 0 && lane < kBlocks) until[kBlocks][lane] = 0;
+
+    const int own_rank = rank_of_time[32 * warp + lane];
+    int order = own_rank == kNone ? 32 : 0;
+    if (__any_sync(kFullWarp, own_rank != kNone)) {
+      for (int other = 0; other < 32; ++other)
+        order += __shfl_sync(kFullWarp, own_rank, other) < own_rank ? 1 : 0;
+    }
+    for (int n = 0; n < 32; ++n) {
+      const unsigned mask = __ballot_sync(kFullWarp, order <= n);
+      if (lane == n) mine = mask;
+    }
+    best[warp][lane] = mine;
+
+    __syncthreads();
+    int sum = lane < kBlocks ? __popc(until[lane][warp]) : 0;
+    for (int step = 1; step < 32; step *= 2) {
+      const int before = __shfl_up_sync(kFullWarp, sum, step);
+      if (lane >= step) sum += before;
+    }
+    if (lane < kBlocks) count_before[lane + 1][warp] = sum;
+    if (lane == 0) count_before[0][warp] = 0;
+  }
+
+  // New keys among the `top` best whose time is in time_block or before.
+  __device__ int count(int top, int time_block) const {
+    const unsigned mask = until[top / 32][time_block] & lanes_before(top % 32);
+    return count_before[top / 32][time_block] + __popc(mask);
+  }
+
+  // The k-th in time, 1 the first, of the `top` best; k <= top.
+  __device__ int kth(int top, int k) const {
+    int low = 0;
+    int high = kBlocks - 1;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (count(top, middle) >= k) {
+        high = middle;
+      } else {
+        low = middle + 1;
+      }
+    }
+    const int before = low == 0 ? 0 : count(top, low - 1);
+    const unsigned times = best[low][(count(top, low) - before - 1) & 31];
+    return 32 * low + select_bit(times, k - before);
+  }
+
+ private:
+  // The place of the n-th set bit, 1 the lowest.
+  __device__ static int select_bit(unsigned mask, int n) {
+    int place = 0;
+    for (int width = 16; width > 0; width /= 2) {
+      const int below = __popc(mask >> place & ((1u << width) - 1));
+      if (below < n) {
+        n -= below;
+        place += width;
+      }
+    }
+    return place;
+  }
+};
+
+// Bitonic sort, best rank first. size: a power of two from 64 to twice the number of threads. Ends with a
+// barrier.
+__device__ inline void sort_ranks(Rank* ranks, int size) {
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int run = 2; run <= size; run *= 2) {
+    for (int stride = run / 2; stride > 0; stride /= 2) {
+      if (thread < size / 2) {
+        const int low = thread & (stride - 1);
+        const int i = 2 * (thread - low) + low;
+        const Rank a = ranks[i];
+        const Rank b = ranks[i + stride];
+        if ((a < b) == ((i & run) == 0)) {
+          ranks[i] = b;
+          ranks[i + stride] = a;
+        }
+      }
+      // A warp stays within 64 ranks of its own while the stride is at most 32.
+      const int next_stride = stride > 1 ? stride / 2 : run;
+      if (stride <= 32 && next_stride <= 32) {
+        __syncwarp();
+      } else {
+        __syncthreads();
+      }
+    }
+  }
+  __syncthreads();
+}
+
+template <int kChunk>
+struct ChunkStorage {
+  Rank ranks[2 * kChunk];
+  RankTimes<kChunk> times;
+  typename cub::BlockScan<int, kChunk>::TempStorage scan;
+  int num_candidates;
+};
+
+// Chunk boundaries and what is known at them.
+struct ChunkState {
+  int begin = 0;
+  int size = 0;
+  Rank threshold_before = 0;
+  Rank threshold_after = ~Rank{0};
+  int free_places = 0;  // of the window, at the chunk's start
+  int num_old = 0;
+};
+
+// Gathers the candidates, best first, and returns their number.
+template <int kChunk>
+__device__ int gather_candidates(const SelectProblem& problem, const Sequence& sequence, int head, int chunk,
+                                 const ChunkState& state, Rank rank, ChunkStorage<kChunk>& storage) {
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread == 0) storage.num_candidates = state.num_old;
+  storage.times.rank_of_time[thread] = RankTimes<kChunk>::kNone;
+  __syncthreads();
+  const bool is_new = rank > state.threshold_before;
+  const unsigned new_mask = __ballot_sync(kFullWarp, is_new);
+  int place = 0;
+  if (lane_index() == 0 && new_mask != 0) place = atomicAdd(&storage.num_candidates, __popc(new_mask));
+  place = __shfl_sync(kFullWarp, place, 0) + __popc(new_mask & lanes_before(lane_index()));
+  if (is_new) storage.ranks[place] = rank;
+  if (thread < state.num_old) {
+    const int key = problem.old_of(sequence, head, chunk)[thread];
+    // Always so, unless cu_seqlens is nonsense.
+    const bool is_old = static_cast<unsigned>(key) < static_cast<unsigned>(state.begin);
+    storage.ranks[thread] = is_old ? make_rank(problem.bits_of(sequence, head)[key], key) : 0;
+  }
+  __syncthreads();
+  const int candidates = storage.num_candidates;
+  int size = 64;
+  while (size < candidates) size *= 2;
+  for (int i = candidates + thread; i < size; i += kChunk) storage.ranks[i] = 0;
+  __syncthreads();
+  sort_ranks(storage.ranks, size);
+  return candidates;
+}
+
+// Expiry of the candidates that die in the chunk. A thread owns the sorted candidates 2 * thread and 2 *
+// thread + 1.
+template <int kChunk>
+__device__ void find_deaths(const ChunkState& state, const ExpiryWriter& writer, int candidates,
+                            ChunkStorage<kChunk>& storage) {
+  const int first = 2 * static_cast<int>(threadIdx.x);
+  Rank ranks[2];
+  int time[2];  // negative: an old key, or none
+  for (int i = 0; i < 2; ++i) {
+    ranks[i] = first + i < candidates ? storage.ranks[first + i] : 0;
+    time[i] = ranks[i] == 0 ? -1 : key_of(ranks[i]) - state.begin;
+  }
+  int better_new[2], num_new;
+  cub::BlockScan<int, kChunk>(storage.scan)
+      .ExclusiveSum((time[0] >= 0 ? 1 : 0) + (time[1] >= 0 ? 1 : 0), better_new[0], num_new);
+  better_new[1] = better_new[0] + (time[0] >= 0 ? 1 : 0);
+  for (int i = 0; i < 2; ++i) {
+    if (time[i] < 0) continue;
+    storage.times.time_of_rank[better_new[i]] = time[i];
+    storage.times.rank_of_time[time[i]] = better_new[i];
+  }
+  __syncthreads();
+  storage.times.build(num_new);
+  __syncthreads();
+  for (int i = 0; i < 2; ++i) {
+    if (ranks[i] == 0 || ranks[i] >= state.threshold_after) continue;
+    const int better_old = first + i - better_new[i];
+    const int needed = max(state.free_places + state.num_old - better_old, 1);
+    if (needed > better_new[i]) {
+      writer.never_evicted(key_of(ranks[i]));
+      continue;
+    }
+    const int death = max(storage.times.kth(better_new[i], needed), time[i]);
+    writer.dropped(key_of(ranks[i]), state.begin + death);
+  }
+}
+
+// Expiry of every key that dies in the chunk, of those born in it unless they die at birth by the threshold
+// before. Without thresholds a sequence is one chunk, and its keys all get their expiry here. A CTA owns a
+// chunk.
+template <int kChunk>
+__global__ void __launch_bounds__(kChunk, kChunk == 1024 ? 2 : 1)
+    finish_chunks(const __grid_constant__ SelectProblem problem) {
+  __shared__ ChunkStorage<kChunk> storage;
+  const auto [sequence, head, chunk] = find_piece(problem, problem.chunks);
+  const int seqlen = sequence.seqlen_k;
+  if (chunk >= problem.cut.chunks(seqlen)) return;
+  const bool whole = problem.thresholds == nullptr;
+  ChunkState state;
+  state.begin = problem.cut.prefix(seqlen) + chunk * kChunk;
+  state.size = min(kChunk, seqlen - state.begin);
+  if (whole) {
+    state.free_places = min(problem.keep_window, kChunk + 1);
+  } else {
+    const std::int64_t place = problem.boundaries_of(sequence, head) + chunk;
+    state.threshold_before = problem.thresholds[place];
+    state.threshold_after = problem.thresholds[place + 1];
+    state.free_places = min(problem.keep_window - problem.num_alive[place], kChunk + 1);
+    state.num_old = min(problem.num_old[place], kChunk);
+    if (state.threshold_after == 0) return;  // the window is not full yet
+  }
+
+  const ExpiryWriter writer = problem.writer_of(sequence, head);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int key = state.begin + thread;
+  unsigned bits = 0;
+  if (thread < state.size) {
+    bits = whole ? problem.scores_of(sequence, head).bits(key) : problem.bits_of(sequence, head)[key];
+    if (whole && bits == 0) writer.disabled(key);
+  }
+  const Rank rank = bits == 0 ? 0 : make_rank(bits, key);
+  if (__syncthreads_or(rank > state.threshold_before ? 1 : 0) == 0)
+    return;  // nothing enters, so nothing dies
+  const int candidates = gather_candidates(problem, sequence, head, chunk, state, rank, storage);
+  find_deaths(state, writer, candidates, storage);
+}
+
+}  // namespace flash_dmattn::cuda
