@@ -120,10 +120,9 @@ void print_wait(const Wait& wait, const char* suffix) {
 }
 
 bool same(const Wait& a, const Wait& b) {
-  return a.what == b.what || (a.what != nullptr && b.what != nullptr && std::strcmp(a.what, b.what) == 0)
-             ? a.site.line() == b.site.line() && a.site.column() == b.site.column() &&
-                   std::strcmp(a.site.file_name(), b.site.file_name()) == 0
-             : false;
+  const char* const files[] = {a.site.file_name(), b.site.file_name()};
+  return a.site.line() == b.site.line() && a.site.column() == b.site.column() &&
+         (files[0] == files[1] || std::strcmp(files[0], files[1]) == 0);
 }
 
 // Where the threads of the CTA are, equal places together.

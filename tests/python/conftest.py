@@ -16,6 +16,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import counters  # noqa: E402
+import narrowing  # noqa: E402
+from emulated import EmulatedKernel  # noqa: E402
 from judge import KERNELS  # noqa: E402
 from kernels import OpsKernel  # noqa: E402
 
@@ -56,7 +58,24 @@ def pytest_configure(config):
 def pytest_generate_tests(metafunc):
     if "kernel" in metafunc.fixturenames:
         names = metafunc.config.getoption("--kernel") or ["cpu"]
-        metafunc.parametrize("kernel", [KERNELS[name] for name in names], ids=names, scope="session")
+        kernels = [KERNELS[name] for name in names]
+        if metafunc.module.__name__ in narrowing.SUITES:
+            narrowing.narrow(metafunc.definition, kernels)
+        metafunc.parametrize("kernel", kernels, ids=names, scope="session")
+
+
+def pytest_collection_modifyitems(config, items):
+    """The emulated kernels stand apart from the package: only what calls their operators is run on them."""
+
+    def left_out(item):
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        names = config.getoption("--kernel") or ["cpu"]
+        emulated = isinstance(parameters.get("kernel", KERNELS[names[0]]), EmulatedKernel)
+        outside = item.module.__name__ not in narrowing.SUITES or "kernel" not in parameters
+        return emulated and outside
+
+    config.hook.pytest_deselected(items=[item for item in items if left_out(item)])
+    items[:] = [item for item in items if not left_out(item)]
 
 
 @pytest.fixture(autouse=True)

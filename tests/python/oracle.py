@@ -4,9 +4,10 @@
 up, and its variance as the kernels' roundings make it, split by cause so that one pass serves every rule of
 tiers.py:
 
-    variance = h^2 * matrix + (u_o / 2)^2 * output + h_logit^2 * logit + exact
+    variance = h^2 * matrix + h_subnormal^2 * subnormal + (u_o / 2)^2 * output + h_logit^2 * logit + exact
 
-h is half the unit roundoff of P and dS where they enter a matrix product; u_o that of the stored output, from
+h is half the unit roundoff of P and dS where they enter a matrix product, h_subnormal half the largest error of
+rounding a float16 subnormal, for those so small that they become one; u_o that of the stored output, from
 which the backward takes delta; h_logit that of the float32 logits, for dbias, whose terms are summed before
 dS is rounded; `exact` is the float32 arithmetic of dP and delta. Rows are taken in chunks: memory stays
 bounded by CHUNK elements a matrix. The selection is the heap's (ranking.py), never a kernel's.
@@ -20,6 +21,7 @@ from cases import Problem
 
 CHUNK = 1 << 20
 FLOAT32 = 2.0**-24
+FLOAT16_SUBNORMAL = 2.0**-25  # the largest error of rounding to one
 
 
 @dataclass
@@ -27,13 +29,14 @@ class Answer:
     value: torch.Tensor
     terms: torch.Tensor
     matrix: torch.Tensor
+    subnormal: torch.Tensor  # float16 inputs only
     output: torch.Tensor
     logit: torch.Tensor
     exact: torch.Tensor
 
     @classmethod
     def zeros(cls, shape) -> "Answer":
-        return cls(*(torch.zeros(shape, dtype=torch.float64) for _ in range(6)))
+        return cls(*(torch.zeros(shape, dtype=torch.float64) for _ in range(7)))
 
     def __getitem__(self, index) -> "Answer":
         """A view: what is written to it is written to the whole."""
@@ -103,6 +106,7 @@ def expected(
                     None if expiry is None else expiry[per_key].long(),
                     problem.scale,
                     problem.causal,
+                    problem.query.dtype == torch.float16,
                 ),
             )
     return Expected(tensors, largest, expiry)
@@ -120,7 +124,7 @@ def _sequences(problem: Problem):
         yield (q,), (k,), (q,), (k,), s
 
 
-def _one_head(part, query, key, value, dout, bias, mask, dlse, expiry, scale, causal) -> float:
+def _one_head(part, query, key, value, dout, bias, mask, dlse, expiry, scale, causal, is_float16) -> float:
     """One sequence and one key/value head. query, dout [group, Sq, D]; key, value [Sk, D]; dlse [group, Sq];
     bias [Sk] or [group, Sq, Sk]; mask None or [group, Sq, Sk]. Adds into part; returns the largest logit."""
     (group, seqlen_q, _), seqlen_k = query.shape, key.shape[0]
@@ -167,11 +171,12 @@ def _one_head(part, query, key, value, dout, bias, mask, dlse, expiry, scale, ca
             dout[:, rows],
             dlse[:, rows],
             scale,
+            is_float16,
         )
     return largest
 
 
-def _chunk(part, rows, reach, logits, products, query, key, value, dout, dlse, scale) -> None:
+def _chunk(part, rows, reach, logits, products, query, key, value, dout, dlse, scale, is_float16) -> None:
     """[group, rows, reach] matrices of one chunk, and what they add to every tensor."""
     nothing = logits.new_full((*logits.shape[:2], 1), -torch.inf)
     top = logits.max(dim=-1, keepdim=True).values if reach else nothing
@@ -219,6 +224,13 @@ def _chunk(part, rows, reach, logits, products, query, key, value, dout, dlse, s
         output=s2 * ((P2 * delta_output).mT @ query2),
     )
     by_key(part["dv"], value=P.mT @ dout, terms=P.mT @ dout.abs(), matrix=P2.mT @ dout2)
+    if is_float16:
+        # The square of the largest error, in units of FLOAT16_SUBNORMAL: what is smaller may vanish, no more.
+        small_P, small_dS = ((x / FLOAT16_SUBNORMAL).clamp(-1, 1) ** 2 for x in (P, dS))
+        by_row(part["out"], subnormal=small_P @ value2)
+        by_row(part["dq"], subnormal=s2 * (small_dS @ key2))
+        by_key(part["dk"], subnormal=s2 * (small_dS.mT @ query2))
+        by_key(part["dv"], subnormal=small_P.mT @ dout2)
     if "dbias" not in part:
         return
     if part["dbias"].value.dim() == 3:  # dense

@@ -12,7 +12,7 @@ import torch
 
 from cases import accumulation
 from counters import count, record_worst
-from oracle import FLOAT32, Answer, Expected
+from oracle import FLOAT16_SUBNORMAL, FLOAT32, Answer, Expected
 
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: FLOAT32, torch.float64: 2.0**-53}
 SMALLEST = {
@@ -35,6 +35,7 @@ class Rule:
     matrix: float  # h of the matrix operands P and dS
     logit: float  # h of float32 logits
     output: float  # u_o of the stored output
+    subnormal: float = 0.0  # h of the matrix operands that become float16 subnormals
 
 
 @dataclass
@@ -54,7 +55,8 @@ def rules(dtype: torch.dtype, largest_logit: float, keeps_float32: bool) -> list
     if dtype == torch.float32:
         return [Rule("float32", single / 2, single / 2, UNIT[dtype])]
     rounded = ((UNIT[dtype] / 2) ** 2 + single**2) ** 0.5
-    result = [Rule(f"{str(dtype).removeprefix('torch.')} P", rounded, single / 2, UNIT[dtype])]
+    subnormal = FLOAT16_SUBNORMAL / 2 if dtype == torch.float16 else 0.0
+    result = [Rule(f"{str(dtype).removeprefix('torch.')} P", rounded, single / 2, UNIT[dtype], subnormal)]
     if keeps_float32:
         result.append(Rule("float32 P", single / 2, single / 2, UNIT[dtype]))
     return result
@@ -63,6 +65,7 @@ def rules(dtype: torch.dtype, largest_logit: float, keeps_float32: bool) -> list
 def variance(answer: Answer, rule: Rule) -> torch.Tensor:
     return (
         rule.matrix**2 * answer.matrix
+        + rule.subnormal**2 * answer.subnormal
         + (rule.output / 2) ** 2 * answer.output
         + rule.logit**2 * answer.logit
         + answer.exact

@@ -1,0 +1,57 @@
+"""Which cases of the suite a kernel is tested on, if not all: a case of a type that it does not take is drawn in
+one that it takes, and what would take it too long is left out."""
+
+import dataclasses
+
+import pytest
+
+from cases import DTYPES, Case
+from probe import LARGEST_WINDOW, Probe
+
+# The suites that judge a kernel's operators. The others go through the public functions, whatever the kernel.
+SUITES = (
+    "test_attention test_bitwise test_concurrency test_errors test_fuzz test_layouts test_non_finite test_plan "
+    "test_poison test_probe test_properties test_reductions test_selection"
+).split()
+INSTEAD = {"f32": "bf16", "f64": "f16"}
+
+
+def work(case) -> int:
+    """Multiply-adds of a product of queries and keys, about."""
+    lengths = getattr(case, "lengths", None) or [(case.seqlen_q, case.seqlen_k)] * case.batch
+    tile = 128
+    reach = case.keep_window + tile if case.keep_window is not None else 1 << 31
+    return sum(case.heads_q * q * min(k, reach) for q, k in lengths) * max(64, case.head_dim)
+
+
+def fitted(value, dtypes, largest_work):
+    """The value of a parameter, in a type among dtypes; None: to be left out."""
+    if isinstance(value, (Case, Probe)):
+        if value.dtype not in dtypes:
+            value = dataclasses.replace(value, dtype=INSTEAD[value.dtype])
+        if isinstance(value, Probe) and value.keep_window > LARGEST_WINDOW[value.dtype]:
+            value = dataclasses.replace(value, dtype="f16")
+        return value if work(value) <= largest_work else None
+    if isinstance(value, str) and value in DTYPES and value not in dtypes:
+        return INSTEAD[value]
+    return value
+
+
+def narrow(definition, kernels) -> None:
+    """Rewrites the parametrize marks of a test function of one of SUITES for the kernels that it will be run on."""
+    dtypes = {dtype for kernel in kernels for dtype in kernel.dtypes}
+    largest_work = max(getattr(kernel, "largest_work", float("inf")) for kernel in kernels)
+    for index, mark in enumerate(definition.own_markers):
+        if mark.name != "parametrize" or not isinstance(mark.args[0], str) or "," in mark.args[0]:
+            continue
+        name, values = mark.args
+        narrowed = []
+        for value in values:
+            identity = getattr(value, "id", None) if hasattr(value, "marks") else None
+            plain = value.values[0] if hasattr(value, "marks") else value
+            new = fitted(plain, dtypes, largest_work)
+            if new is None or any(new == known for known, _ in narrowed):
+                continue
+            narrowed.append((new, identity and identity.replace(getattr(plain, "id", ""), getattr(new, "id", ""))))
+        params = [pytest.param(new, id=identity) if identity else new for new, identity in narrowed]
+        definition.own_markers[index] = pytest.mark.parametrize(name, params, **mark.kwargs).mark
