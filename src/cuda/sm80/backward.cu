@@ -134,13 +134,13 @@ constexpr Instance<Run> instance(DType dtype) {
 }
 
 template <typename Element>
-using KeyConfig64 = KeyGradConfig<Element, 64, 64, 2, 1, 2>;
+using KeyConfig64 = KeyGradConfig<Element, 64, 64, 2, 1, 3>;
 template <typename Element>
 using KeyConfig128 = KeyGradConfig<Element, 128, 64, 2, 1, 2>;
 template <typename Element>
 using KeyConfig256 = KeyGradConfig<Element, 256, 32, 1, 2, 1>;
 template <typename Element>
-using QueryConfig64 = QueryGradConfig<Element, 64, 64, 2, 3>;
+using QueryConfig64 = QueryGradConfig<Element, 64, 64, 2, 4>;
 template <typename Element>
 using QueryConfig128 = QueryGradConfig<Element, 128, 64, 2, 2>;
 template <typename Element>
