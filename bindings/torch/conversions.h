@@ -8,7 +8,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
@@ -130,8 +129,21 @@ class Call {
     return without_idle_strides(view(copies_.back(), argument));
   }
 
+  // torch::stable::empty looks the operator up by name each time.
   Tensor empty(Shape shape, ScalarType dtype) const {
-    return torch::stable::empty(shape, dtype, std::nullopt, device_);
+    std::vector<std::int64_t> strides(shape.size());
+    std::int64_t stride = 1;
+    for (std::size_t axis = shape.size(); axis-- > 0;) {
+      strides[axis] = stride;
+      stride *= std::max<std::int64_t>(shape[axis], 1);
+    }
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        static_cast<std::int64_t>(shape.size()), shape.data(), strides.data(),
+        torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(dtype)),
+        torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(device_.type())), device_.index(),
+        &handle));
+    return Tensor(handle);
   }
 
   // Memory for rows: each begins where the CUDA kernels can store vectors, so there may be gaps between them.

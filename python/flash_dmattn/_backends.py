@@ -154,6 +154,9 @@ _NO_KERNELS = {
 }
 
 
+DEVICES = frozenset(device for device, reason in _NO_KERNELS.items() if not reason)  # with native kernels
+
+
 def _no_kernels(device: str) -> str:
     """Why there are no native kernels for this device, or ""."""
     return _NO_KERNELS.get(device, f"there are no kernels for {device}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import _backends
+from . import _backends, _short
 from ._arguments import packed_problem, padded_problem, select_problem
 
 __all__ = [
@@ -82,6 +82,12 @@ def flash_dmattn_func(
 
     The method is that of Shi et al. 2025, "Trainable Dynamic Mask Sparse Attention", arXiv 2508.02124.
     """
+    if attn_mask is None and validate is False and q is k is v is None and type(return_lse) is bool:
+        result = _short.attend(
+            query, key, value, attn_bias, scale, is_causal, keep_window_size, attn_score, expiry
+        )
+        if result is not None:
+            return result if return_lse else result[0]
     return _flash_dmattn_func(
         None, query, key, value, attn_mask, attn_bias, scale, is_causal,
         keep_window_size=keep_window_size, attn_score=attn_score, expiry=expiry,
@@ -167,7 +173,11 @@ def flash_dmattn_func_auto(backend: str | None = None) -> Callable[..., Tensor |
     """
     if backend is not None:
         _backends.check_name("flash_dmattn_func_auto", "backend", backend)
-    return functools.update_wrapper(functools.partial(_flash_dmattn_func, backend), flash_dmattn_func)
+    if backend is None:
+        function = functools.partial(flash_dmattn_func)
+    else:
+        function = functools.partial(_flash_dmattn_func, backend)
+    return functools.update_wrapper(function, flash_dmattn_func)
 
 
 def get_available_backends() -> list[str]:

@@ -144,7 +144,7 @@ Sizes check_inputs(Validator& check, const Args& args) {
   check_score(check, args, sizes);
   if (args.plan.present()) check.contiguous("plan", args.plan, {DType::kInt32}, {{"n"}});
   if (check.ok()) check_sequences(check, args, sizes);
-  check.require(std::isfinite(args.scale), "scale", std::to_string(args.scale), "a finite number");
+  if (!std::isfinite(args.scale)) check.fail("scale", std::to_string(args.scale), "a finite number");
   return sizes;
 }
 
