@@ -1,8 +1,8 @@
-"""The plan as docs/plan.md defines it, in plain numpy, and the reader of the memory that the operator `plan` fills.
-Nothing of the package.
+"""The plan as docs/plan.md defines it, in plain numpy, and the reader of the memory that the operator `plan`
+fills. Nothing of the package.
 
-`plan_of_head` is the definition; `read_plan` finds the same lists in an int32 tensor, by the layout of the same
-document. A plan is a dict: segment -> Segment, for the segments in which a row of the call may stand.
+`plan_of_head` is the definition; `PlanMemory` finds the same lists in an int32 tensor, by the layout of the
+same document. A plan is a dict: segment -> Segment, for the segments in which a row of the call may stand.
 """
 
 from dataclasses import dataclass
@@ -29,11 +29,8 @@ def power_of_two(at_least: int) -> int:
     return 1 << max(at_least - 1, 0).bit_length()
 
 
-def length_bound(
-    seqlen_k: int, keep_window: int, has_expiry: bool, causal: bool
-) -> int | None:
-    """L as far as it follows from the sizes, seqlen_k being that of all sequences if they are packed; None where the
-    lists decide."""
+def length_bound(seqlen_k: int, keep_window: int, has_expiry: bool, causal: bool) -> int | None:
+    """L, if it follows from the sizes; None where the lists decide. seqlen_k: of all packed sequences."""
     keys = seqlen_k
     if causal and has_expiry and seqlen_k > MIN_SEGMENT:
         if keep_window == 0:
@@ -42,9 +39,7 @@ def length_bound(
     return min(max(power_of_two(keys), MIN_SEGMENT), MAX_SEGMENT)
 
 
-def old_keys(
-    expiry: np.ndarray, enabled: np.ndarray, start: int, first_seen: int
-) -> np.ndarray:
+def old_keys(expiry: np.ndarray, enabled: np.ndarray, start: int, first_seen: int) -> np.ndarray:
     """The keys before `start` that a position from there on sees, ascending."""
     return np.flatnonzero(enabled[:start] & (expiry[:start] > max(start, first_seen)))
 
@@ -53,23 +48,15 @@ def least_length(expiry: np.ndarray, enabled: np.ndarray, first_seen: int) -> in
     length = MIN_SEGMENT
     while any(
         len(old_keys(expiry, enabled, segment * length, first_seen)) > length
-        for segment in range(
-            max(1, first_seen // length), (len(expiry) - 1) // length + 1
-        )
+        for segment in range(max(1, first_seen // length), (len(expiry) - 1) // length + 1)
     ):
         length *= 2
     return length
 
 
-def by_rank(
-    keys: np.ndarray, expiry: np.ndarray, score: np.ndarray | None
-) -> np.ndarray:
+def by_rank(keys: np.ndarray, expiry: np.ndarray, score: np.ndarray | None) -> np.ndarray:
     """Highest first; of equal ones the later key first."""
-    rank = (
-        expiry[keys]
-        if score is None
-        else np.where(np.isnan(score[keys]), -np.inf, score[keys])
-    )
+    rank = expiry[keys] if score is None else np.where(np.isnan(score[keys]), -np.inf, score[keys])
     return keys[np.lexsort((keys, rank))[::-1]]
 
 
@@ -88,18 +75,12 @@ def plan_of_head(
     causal: bool,
 ) -> tuple[int, dict[int, Segment]]:
     """One head of one sequence: L, and the lists."""
-    expiry = (
-        np.full(seqlen_k, seqlen_k)
-        if expiry is None
-        else np.minimum(expiry.astype(np.int64), seqlen_k)
-    )
+    expiry = np.full(seqlen_k, seqlen_k) if expiry is None else np.minimum(expiry.astype(np.int64), seqlen_k)
     enabled = np.full(seqlen_k, True) if bias is None else bias != -np.inf
     first_seen = max(seqlen_k - num_queries, 0) if causal else seqlen_k - 1
     length = least_length(expiry, enabled, first_seen) if bound is None else bound
     segments = {}
-    for segment in range(
-        first_seen // length if causal else 0, -(-seqlen_k // length) if causal else 1
-    ):
+    for segment in range(first_seen // length if causal else 0, -(-seqlen_k // length) if causal else 1):
         begin, end = segment * length, min((segment + 1) * length, seqlen_k)
         old = old_keys(expiry, enabled, begin, first_seen)[:length]  # more do not fit
         born = np.arange(begin, end)
@@ -135,9 +116,7 @@ class PlanMemory:
 
         def take(count: int, columns: int = 1) -> np.ndarray:
             nonlocal place
-            taken = words[place : place + heads * count * columns].reshape(
-                heads, count, columns
-            )
+            taken = words[place : place + heads * count * columns].reshape(heads, count, columns)
             place += -(-taken.size // 16) * 16
             return taken
 
@@ -154,29 +133,17 @@ class PlanMemory:
         self, head: int, sequence: int, begin: int, seqlen_k: int, causal: bool
     ) -> tuple[int, dict[int, Segment]]:
         """Every list that is not empty. begin: the sequence's first key among those of all sequences."""
-        length = (
-            self.bound if self.bound is not None else int(self.lengths[head, sequence])
-        )
+        length = self.bound if self.bound is not None else int(self.lengths[head, sequence])
         segments = {}
         for segment in range(-(-seqlen_k // length) if causal else 1):
             size = self.sizes[head, begin // MIN_SEGMENT + sequence + segment]
             before = max(2 * segment - 1, 0) * length
             entries = self.entries[head, 2 * begin + before :][:size]
-            block = (
-                2 * begin // BLOCK
-                + begin // MIN_SEGMENT
-                + sequence
-                + before // BLOCK
-                + segment
-            )
+            block = 2 * begin // BLOCK + begin // MIN_SEGMENT + sequence + before // BLOCK + segment
             segments[segment] = Segment(
                 entries[:, 0],
                 entries[:, 1],
-                None
-                if self.bias is None
-                else self.bias[head, 2 * begin + before :][:size],
+                None if self.bias is None else self.bias[head, 2 * begin + before :][:size],
                 self.hulls[head, block:][: -(-size // BLOCK)],
             )
-        return length, {
-            segment: found for segment, found in segments.items() if len(found.keys) > 0
-        }
+        return length, {segment: found for segment, found in segments.items() if len(found.keys) > 0}

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <climits>
 #include <cstddef>
 
 #include "cuda/selection/plan_params.h"
@@ -13,7 +14,8 @@ namespace {
 constexpr std::int64_t kMaxSegment = std::int64_t{1} << 30;
 
 // 0: the device chooses.
-std::int64_t host_segment_length(const PlanInputs& inputs, std::int64_t longest) {
+std::int64_t host_segment_length(const PlanInputs& inputs) {
+  const std::int64_t longest = inputs.geometry.seqlen_k;
   std::int64_t keys = longest;  // one segment
   if (inputs.causal && inputs.expiry.present() && longest > kMinSegment) {
     if (inputs.keep_window == 0) return 0;
@@ -23,17 +25,32 @@ std::int64_t host_segment_length(const PlanInputs& inputs, std::int64_t longest)
   return std::clamp<std::int64_t>(length, kMinSegment, kMaxSegment);
 }
 
+PlanPath choose_path(std::int64_t length, std::int64_t max_old, std::int64_t longest) {
+  // A CTA looks through so many keys faster than another kernel starts, or than it would pay with one
+  // segment.
+  constexpr std::int64_t kMaxScan = 32768;
+  constexpr std::int64_t kMaxScanOfOneSegment = 131072;
+  if (length == 0 || max_old > kLongRun) return PlanPath::kPasses;
+  if (max_old == 0) return longest <= kMaxScanOfOneSegment ? PlanPath::kScan : PlanPath::kPasses;
+  return longest <= kMaxScan ? PlanPath::kScan : PlanPath::kGather;
+}
+
 PlanScratch cut_scratch(Arena& arena, const PlanInputs& inputs, const PlanBounds& bounds) {
-  if (bounds.in_one_kernel) return {};
   const Geometry& geometry = inputs.geometry;
   const auto layout = PlanLayout::make(geometry.total_k(), geometry.num_sequences, kMinSegment);
   const auto chunks = static_cast<std::size_t>(geometry.heads_kv * layout.num_segments);
-  PlanScratch scratch{.alive = arena.take<int>(chunks),
-                      .births = arena.take<int>(chunks),
-                      .cursors = arena.take<int>(chunks)};
-  if (bounds.needs_merging()) {
-    const auto ranks = static_cast<std::size_t>(geometry.heads_kv * geometry.total_k());
-    for (PlanRank*& buffer : scratch.ranks) buffer = arena.take<PlanRank>(ranks);
+  PlanScratch scratch;
+  if (bounds.path == PlanPath::kGather) {
+    scratch.leaving = arena.take<LeavingKeys>(chunks);
+    scratch.left = arena.take<PlanEntry>(chunks * kMinSegment);
+  }
+  if (bounds.path == PlanPath::kPasses) {
+    scratch.alive = arena.take<int>(chunks);
+    scratch.births = arena.take<int>(chunks);
+    scratch.cursors = arena.take<int>(chunks);
+    const auto keys = static_cast<std::size_t>(geometry.heads_kv * geometry.total_k());
+    for (PlanRank*& ranks : scratch.ranks)
+      ranks = arena.take<PlanRank>(bounds.max_old > bounds.run_length ? keys : 0);
   }
   return scratch;
 }
@@ -41,41 +58,33 @@ PlanScratch cut_scratch(Arena& arena, const PlanInputs& inputs, const PlanBounds
 }  // namespace
 
 PlanBounds plan_bounds(const PlanInputs& inputs) {
-  // Where a CTA would scan more than this, passes over all keys are faster.
-  constexpr std::int64_t kMaxScan = 131072;
-  constexpr std::int64_t kMaxScannedSegments = 32;
   const std::int64_t longest = inputs.geometry.seqlen_k;
-  const std::int64_t length = host_segment_length(inputs, longest);
+  const std::int64_t length = host_segment_length(inputs);
   PlanBounds bounds{};
   bounds.segment_length = static_cast<int>(length);
-  bounds.longest = longest;
-  const bool one_segment = !inputs.causal || length >= longest;
   if (length == 0) {
     bounds.max_old = static_cast<std::int64_t>(std::bit_floor(static_cast<std::uint64_t>(longest - 1)));
   } else {
-    bounds.max_old = one_segment ? 0 : length;
+    bounds.max_old = inputs.causal && length < longest ? length : 0;
   }
-  constexpr int kLongRun = 8 * kPlanThreads;
   bounds.run_length = length >= kLongRun ? kLongRun : kMinSegment;
-  bounds.in_one_kernel = length > 0 && bounds.max_old <= kLongRun && longest <= kMaxScan &&
-                         longest <= kMaxScannedSegments * length;
+  bounds.path = choose_path(length, bounds.max_old, longest);
   return bounds;
 }
 
 PlanView cut_plan(Arena& arena, const PlanInputs& inputs) {
   const Geometry& geometry = inputs.geometry;
-  const PlanBounds bounds = plan_bounds(inputs);
-  const bool chosen = bounds.segment_length == 0;
+  const int length = plan_bounds(inputs).segment_length;
   PlanView plan;
-  plan.layout = PlanLayout::make(geometry.total_k(), geometry.num_sequences,
-                                 chosen ? kMinSegment : bounds.segment_length);
+  plan.layout =
+      PlanLayout::make(geometry.total_k(), geometry.num_sequences, length == 0 ? kMinSegment : length);
   const auto heads = static_cast<std::size_t>(geometry.heads_kv);
   const auto num_entries = heads * static_cast<std::size_t>(plan.layout.num_entries);
   plan.entries = arena.take<PlanEntry>(num_entries);
   if (inputs.bias.present()) plan.bias = arena.take<float>(num_entries);
   plan.hulls = arena.take<BlockHull>(heads * static_cast<std::size_t>(plan.layout.num_blocks));
   plan.segment_sizes = arena.take<int>(heads * static_cast<std::size_t>(plan.layout.num_segments));
-  if (chosen)
+  if (length == 0)
     plan.segment_lengths = arena.take<int>(heads * static_cast<std::size_t>(geometry.num_sequences));
   return plan;
 }
@@ -87,12 +96,15 @@ std::size_t plan_scratch_bytes(const PlanInputs& inputs) {
 }
 
 cudaError_t build_plan(const PlanInputs& inputs, const PlanView& plan, void* scratch, cudaStream_t stream) {
-  if (inputs.geometry.num_sequences == 0 || inputs.geometry.heads_kv == 0) return cudaSuccess;
+  const Geometry& geometry = inputs.geometry;
+  if (geometry.num_sequences == 0 || geometry.heads_kv == 0) return cudaSuccess;
+  if (2 * plan.layout.num_segments > INT_MAX / geometry.heads_kv)
+    return cudaErrorInvalidConfiguration;  // CTAs
   const PlanBounds bounds = plan_bounds(inputs);
   Arena arena(Workspace{scratch, plan_scratch_bytes(inputs)});
   const PlanParams params{inputs, plan, cut_scratch(arena, inputs, bounds)};
-  return bounds.in_one_kernel ? build_in_one_kernel(params, bounds, stream)
-                              : build_in_passes(params, bounds, stream);
+  return bounds.path == PlanPath::kPasses ? build_in_passes(params, bounds, stream)
+                                          : build_by_segment(params, bounds, stream);
 }
 
 }  // namespace flash_dmattn::cuda

@@ -20,34 +20,13 @@ namespace {
 
 constexpr int kWarps = kPlanThreads / 32;
 
-// What the passes know of a chunk: its keys, the segment that it is a part of, and the counters.
-struct Chunk {
-  PlanTask task;
-  HeadKeys keys;
-  int length;  // of the segments; 0 before arrange_lists
-  std::int64_t begin;
-
-  __device__ Chunk(const PlanParams& params, bool arranged = true)
-      : task(locate_task(params, blockIdx.x, 1)),
-        keys(params.inputs, task.sequence, task.head),
-        length(arranged ? params.plan.segment_length(task.head, task.sequence.index,
-                                                     params.inputs.geometry.num_sequences)
-                        : 0),
-        begin(static_cast<std::int64_t>(task.index) * kMinSegment) {}
-  __device__ bool exists() const { return task.index >= 0 && begin < keys.seqlen; }
-  __device__ int end() const {
-    return static_cast<int>(begin + kMinSegment < keys.seqlen ? begin + kMinSegment : keys.seqlen);
-  }
-  __device__ int segment() const { return keys.causal ? static_cast<int>(begin / length) : 0; }
-};
-
 // Old keys alive at the start of a segment, of which at most `length` are listed.
 __device__ int count_alive(const PlanScratch& scratch, std::int64_t first_id, const PlanSegment& segment) {
   return segment.listed && segment.index > 0 ? scratch.alive[first_id + segment.begin / kMinSegment] : 0;
 }
 
 __global__ void __launch_bounds__(kPlanThreads) count_chunks(const __grid_constant__ PlanParams params) {
-  const Chunk chunk(params, /*arranged=*/false);
+  const Chunk chunk(params, /*length_known=*/false);
   if (!chunk.exists()) return;
   const HeadKeys& keys = chunk.keys;
   const PlanScratch& scratch = params.scratch;
@@ -57,9 +36,13 @@ __global__ void __launch_bounds__(kPlanThreads) count_chunks(const __grid_consta
   if (threadIdx.x == 0) num_born = num_leaving = 0;
   __syncthreads();
   const unsigned lane = threadIdx.x % 32;
-  for (int offset = 0; offset < kMinSegment; offset += kPlanThreads) {
-    const auto key = static_cast<unsigned>(chunk.begin + offset + threadIdx.x);
-    const int expiry = key < static_cast<unsigned>(chunk.end()) ? keys.expiry(key) : 0;
+  const auto first = static_cast<unsigned>(chunk.begin) + threadIdx.x / 32 * (kMinSegment / kWarps) + lane;
+  int expiries[kMinSegment / kPlanThreads];
+  keys.load_expiries(first, chunk.end(), expiries);
+#pragma unroll
+  for (int i = 0; i < kMinSegment / kPlanThreads; ++i) {
+    const unsigned key = first + 32 * i;
+    const int expiry = expiries[i];
     const bool born = keys.outlives(key, expiry, keys.first_seen);
     const int last_chunk = (expiry - 1) / kMinSegment;
     const bool leaving = born && last_chunk > chunk.task.index;
@@ -102,20 +85,17 @@ __device__ int sum_chunks(const PlanScratch& scratch, std::int64_t first_id, int
   return born;
 }
 
-// The least length that holds the old keys of every segment.
-__device__ int choose_length(const PlanScratch& scratch, const HeadKeys& keys, std::int64_t first_id,
-                             int num_chunks) {
+// The least length that holds the old keys of every segment. Boundaries before the call's first position do
+// not matter, and need no test: every key counted outlives that position, so the later ones of them have no
+// fewer.
+__device__ int choose_length(const PlanScratch& scratch, std::int64_t first_id, int num_chunks) {
   __shared__ unsigned too_short;  // bit n: kMinSegment << n is
   if (threadIdx.x == 0) too_short = 0;
   __syncthreads();
   for (int chunk = 1 + static_cast<int>(threadIdx.x); chunk < num_chunks; chunk += kPlanThreads) {
     const int alive = scratch.alive[first_id + chunk];
     unsigned bits = 0;
-    for (int n = 0; n < __ffs(chunk); ++n) {
-      const int length = kMinSegment << n;
-      const bool listed = (chunk >> n) >= keys.first_seen / length;
-      if (listed && alive > length) bits |= 1u << n;
-    }
+    for (int n = 0; n < __ffs(chunk); ++n) bits |= alive > kMinSegment << n ? 1u << n : 0;
     if (bits != 0) atomicOr(&too_short, bits);
   }
   __syncthreads();
@@ -137,7 +117,7 @@ __global__ void __launch_bounds__(kPlanThreads) arrange_lists(const __grid_const
   __syncthreads();
   int length = plan.layout.segment_length;
   if (plan.segment_lengths != nullptr) {
-    length = choose_length(scratch, keys, first_id, num_chunks);
+    length = choose_length(scratch, first_id, num_chunks);
     if (threadIdx.x == 0) {
       plan.segment_lengths[static_cast<std::int64_t>(head) * geometry.num_sequences + sequence.index] =
           length;
@@ -339,8 +319,7 @@ cudaError_t build_in_passes(const PlanParams& params, const PlanBounds& bounds, 
   then(count_chunks, num_chunks);
   then(arrange_lists, static_cast<std::int64_t>(geometry.num_sequences) * geometry.heads_kv);
   then(place_keys, num_chunks);
-  if (bounds.max_old > 0)
-    then(bounds.run_length == 8 * kPlanThreads ? sort_runs<8> : sort_runs<4>, num_chunks);
+  if (bounds.max_old > 0) then(bounds.run_length == kLongRun ? sort_runs<8> : sort_runs<4>, num_chunks);
   std::int64_t run_length = bounds.run_length;
   for (int round = 0; run_length < bounds.max_old; ++round, run_length *= kMergedRuns) {
     then(merge_runs, num_chunks, round, static_cast<int>(run_length));

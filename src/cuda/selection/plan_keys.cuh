@@ -82,7 +82,7 @@ class HeadKeys {
     }
   }
   __device__ float bias(unsigned key) const { return bias_[key * bias_stride_]; }
-  __device__ bool has_bias() const { return bias_ != nullptr; }
+  __device__ int key(unsigned index) const { return static_cast<int>(index); }
 
   // Whether some position from `from` on sees the key.
   __device__ bool outlives(unsigned key, int expiry, int from) const {
@@ -145,11 +145,32 @@ __device__ inline PlanSegment plan_segment(const HeadKeys& keys, int index, int 
   return {index, clip(begin), clip(begin + length), begin < keys.seqlen && index >= keys.first_seen / length};
 }
 
-// Calls found(n, key, expiry) for the keys of [begin, end) that outlive position `from`: n counts them in
+// One chunk, for a CTA of its own.
+struct Chunk {
+  PlanTask task;
+  HeadKeys keys;
+  int length;  // of the segments; 0 while it is not known
+  std::int64_t begin;
+
+  __device__ Chunk(const PlanParams& params, bool length_known = true)
+      : task(locate_task(params, blockIdx.x, 1)),
+        keys(params.inputs, task.sequence, task.head),
+        length(length_known ? params.plan.segment_length(task.head, task.sequence.index,
+                                                         params.inputs.geometry.num_sequences)
+                            : 0),
+        begin(static_cast<std::int64_t>(task.index) * kMinSegment) {}
+  __device__ bool exists() const { return task.index >= 0 && begin < keys.seqlen; }
+  __device__ int end() const {
+    return static_cast<int>(begin + kMinSegment < keys.seqlen ? begin + kMinSegment : keys.seqlen);
+  }
+  __device__ int segment() const { return keys.causal ? static_cast<int>(begin / length) : 0; }
+};
+
+// Calls found(n, key, expiry) for the items of [begin, end) that outlive position `from`: n counts them in
 // ascending order. Returns their number. For all threads of the CTA, which looks at kPlanThreads * kPerLane
-// keys at a time.
-template <int kPerLane, typename Found>
-__device__ int for_each_outliving(const HeadKeys& keys, int begin, int end, int from, Found&& found) {
+// items at a time. Items: HeadKeys, whose items are the keys, or others with the same three functions.
+template <int kPerLane, typename Items, typename Found>
+__device__ int for_each_outliving(const Items& items, int begin, int end, int from, Found&& found) {
   constexpr int kWarps = kPlanThreads / 32;
   __shared__ int warp_counts[kWarps];
   const int warp = threadIdx.x / 32;
@@ -159,11 +180,11 @@ __device__ int for_each_outliving(const HeadKeys& keys, int begin, int end, int 
        tile += kPlanThreads * kPerLane) {
     const unsigned first = tile + warp * 32 * kPerLane + lane;
     int expiry[kPerLane];
-    keys.load_expiries(first, end, expiry);
+    items.load_expiries(first, end, expiry);
     int count = 0;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      if (!keys.outlives(first + 32 * i, expiry[i], from)) expiry[i] = 0;
+      if (!items.outlives(first + 32 * i, expiry[i], from)) expiry[i] = 0;
       count += __popc(__ballot_sync(kAllLanes, expiry[i] != 0));
     }
     if (lane == 0) warp_counts[warp] = count;
@@ -177,7 +198,7 @@ __device__ int for_each_outliving(const HeadKeys& keys, int begin, int end, int 
     for (int i = 0; i < kPerLane; ++i) {
       const unsigned lanes = __ballot_sync(kAllLanes, expiry[i] != 0);
       const int before = __popc(lanes & ((1u << lane) - 1));
-      if (expiry[i] != 0) found(place + before, static_cast<int>(first + 32 * i), expiry[i]);
+      if (expiry[i] != 0) found(place + before, items.key(first + 32 * i), expiry[i]);
       place += __popc(lanes);
     }
     __syncthreads();
