@@ -13,9 +13,13 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr std::int64_t kInt32Max = std::numeric_limits<std::int32_t>::max();
 constexpr std::int64_t kInt32Min = std::numeric_limits<std::int32_t>::min();
 
-// Kernels keep float32 between reading and writing 16-bit tensors, so only their outputs are rounded to 16
-// bits.
-Precision precision_of(DType dtype) {
+// The CPU's kernels keep float32 between reading and writing 16-bit tensors, so only their outputs are
+// rounded to 16 bits.
+Precision precision_of(DType dtype, bool on_cuda = false) {
+  if (on_cuda) {
+    const double unit = dtype == DType::kFloat16 ? 0x1p-11 : 0x1p-8;
+    return {0x1p-24, unit, unit};
+  }
   switch (dtype) {
     case DType::kFloat64:
       return {0x1p-53, 0x1p-53};
@@ -93,12 +97,12 @@ Problem::Problem(const Case& the_case, std::uint64_t seed) : c(the_case) {
   const Index key_shape = c.packed ? Index{begin_k_.back(), kv} : Index{batch, kv, lengths.k};
   const Index query_shape = c.packed ? Index{heads_q, begin_q_.back()} : Index{batch, heads_q, lengths.q};
 
-  query = Tensor(c.dtype, q_shape, c.strides);
-  key = Tensor(c.dtype, k_shape, c.strides);
-  value = Tensor(c.dtype, k_shape, c.strides);
-  dout = Tensor(c.dtype, q_shape, c.strides);
-  bias = Tensor(accumulation_dtype(c.dtype), key_shape, c.strides);
-  dlse = Tensor(accumulation_dtype(c.dtype), query_shape, c.strides);
+  query = Tensor(c.dtype, q_shape, c.strides, c.on_cuda);
+  key = Tensor(c.dtype, k_shape, c.strides, c.on_cuda);
+  value = Tensor(c.dtype, k_shape, c.strides, c.on_cuda);
+  dout = Tensor(c.dtype, q_shape, c.strides, c.on_cuda);
+  bias = Tensor(accumulation_dtype(c.dtype), key_shape, c.strides, c.on_cuda);
+  dlse = Tensor(accumulation_dtype(c.dtype), query_shape, c.strides, c.on_cuda);
   for (Tensor* tensor : {&query, &key, &value, &dout, &bias, &dlse}) {
     tensor->fill([&] { return random.normal(); });
   }
@@ -107,7 +111,7 @@ Problem::Problem(const Case& the_case, std::uint64_t seed) : c(the_case) {
       if (random.chance(c.disabled_keys)) bias.set(index, -kInf);
     });
   }
-  if (c.visibility != Visibility::kAll) expiry = Tensor(DType::kInt32, key_shape, c.strides);
+  if (c.visibility != Visibility::kAll) expiry = Tensor(DType::kInt32, key_shape, c.strides, c.on_cuda);
   make_visible(random);
   if (c.packed) {
     cu_seqlens_q = offsets(begin_q_, c.strides);
@@ -240,7 +244,7 @@ Expectation expect(const Problem& p) {
         std::swap(results.dk, shared.dk);
         std::swap(results.dv, shared.dv);
         std::swap(results.dbias, shared.dbias);
-        attend(in, precision_of(c.dtype), results);
+        attend(in, precision_of(c.dtype, c.on_cuda), results);
         std::swap(results.dk, shared.dk);
         std::swap(results.dv, shared.dv);
         std::swap(results.dbias, shared.dbias);

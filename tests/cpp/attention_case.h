@@ -33,6 +33,7 @@ struct Case {
   Strides strides = Strides::kContiguous;
   double disabled_keys = 0;  // share of the keys whose score, or without scores bias, is -inf
   bool tied_scores = false;
+  bool on_cuda = false;  // tensors are aligned, and P and dS are rounded to dtype before the products
 };
 
 std::string describe(const Case& c);
@@ -46,10 +47,10 @@ class Problem {
   BackwardArgs backward_args() const;  // no gradient asked for yet
   bool inputs_unchanged() const;
 
-  Tensor like_query() const { return Tensor(c.dtype, query.shape(), c.strides); }
-  Tensor like_key() const { return Tensor(c.dtype, key.shape(), c.strides); }
-  Tensor like_bias() const { return Tensor(accumulation_dtype(c.dtype), bias.shape(), c.strides); }
-  Tensor like_lse() const { return Tensor(accumulation_dtype(c.dtype), dlse.shape(), c.strides); }
+  Tensor like_query() const { return Tensor(c.dtype, query.shape(), c.strides, c.on_cuda); }
+  Tensor like_key() const { return Tensor(c.dtype, key.shape(), c.strides, c.on_cuda); }
+  Tensor like_bias() const { return Tensor(accumulation_dtype(c.dtype), bias.shape(), c.strides, c.on_cuda); }
+  Tensor like_lse() const { return Tensor(accumulation_dtype(c.dtype), dlse.shape(), c.strides, c.on_cuda); }
 
   // Places in the tensors of row, key or query `i` of sequence s.
   Index q_row(std::int64_t s, std::int64_t i, std::int64_t head, std::int64_t column) const;

@@ -61,7 +61,7 @@ void add_row(const HeadInputs& in, const Precision& precision, std::int64_t i, c
              HeadResults& r) {
   const std::int64_t dim = in.query.columns;
   const double* dout = in.dout[i];
-  const double half = precision.matrix / 2 * (8 + row.logit_error);
+  const double half = std::hypot(precision.matrix * (8 + row.logit_error), precision.operand) / 2;
 
   // out_i = sum_j P_ij v_j. An error of a logit moves its own weight, and by the normalisation all others.
   for (std::int64_t c = 0; c < dim; ++c) {

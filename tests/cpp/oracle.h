@@ -21,8 +21,9 @@ struct Matrix {
 
 // What a kernel computes with.
 struct Precision {
-  double matrix;  // unit roundoff of the arithmetic; a weight loses more, by the size of its logit
-  double output;  // unit roundoff of stored results, out above all
+  double matrix;       // unit roundoff of the arithmetic; a weight loses more, by the size of its logit
+  double output;       // unit roundoff of stored results, out above all
+  double operand = 0;  // unit roundoff of P and dS where they enter a product, if they are rounded for it
 };
 
 // A sum: its value, the variance of a kernel's error, and the sum of the magnitudes of its terms.

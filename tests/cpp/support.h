@@ -30,7 +30,9 @@ class Tensor {
  public:
   Tensor() = default;
 
-  Tensor(DType dtype, const Index& shape, Strides strides = Strides::kContiguous) : shape_(shape) {
+  // aligned: the first element lies at a multiple of 16 bytes.
+  Tensor(DType dtype, const Index& shape, Strides strides = Strides::kContiguous, bool aligned = false)
+      : shape_(shape) {
     view_.dtype = dtype;
     view_.rank = static_cast<int>(shape.size());
     Index order(shape.size());  // axes, innermost last
@@ -46,12 +48,13 @@ class Tensor {
       view_.stride[axis] = step;
       step = step * std::max<std::int64_t>(shape[axis], 1) + (strides == Strides::kGaps ? 3 : 0);
     }
-    std::int64_t first_element = kGuard;
+    const std::int64_t guard = aligned ? kAlignedGuard : kGuard;
+    std::int64_t first_element = guard;
     if (strides == Strides::kReversed) {
       first_element += step - 1;
       for (std::size_t axis = 0; axis < shape.size(); ++axis) view_.stride[axis] *= -1;
     }
-    bytes_.assign(static_cast<std::size_t>(step + 2 * kGuard) * item(), kFill);
+    bytes_.assign(static_cast<std::size_t>(step + 2 * guard) * item(), kFill);
     view_.data = bytes_.data() + static_cast<std::size_t>(first_element) * item();
   }
 
@@ -143,6 +146,7 @@ class Tensor {
   static constexpr unsigned char kFill = 0xff;
   // Odd, so that tensors are aligned to their element and to nothing wider.
   static constexpr std::int64_t kGuard = 37;
+  static constexpr std::int64_t kAlignedGuard = 64;
 
   template <typename T>
   static T load(const void* element) {
