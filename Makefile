@@ -5,9 +5,11 @@
 #   PYTHON=python3  the interpreter that makes the virtual environment
 #   VENV=.venv      where
 #   MAX_JOBS=2      compilers that run at once; default: one per core
+#   CUDA=AUTO       ON, OFF or AUTO: CUDA kernels in the Python package; AUTO: where a CUDA compiler is found
 TORCH ?= 2.13.0
 PYTHON ?= python3
 VENV ?= .venv
+CUDA ?= AUTO
 export MAX_JOBS ?= $(shell nproc)
 
 BUILD := build
@@ -21,8 +23,10 @@ else
 endif
 
 CPP_SOURCES := CMakeLists.txt $(shell find cmake include src bindings -type f)
-TEST_SOURCES := $(shell find tests/cpp examples/cpp -type f)
-CONFIGURE = cmake -S . -G Ninja -DFLASH_DMATTN_BUILD_TESTING=ON -DPython_EXECUTABLE=$(abspath $(PY))
+TEST_SOURCES := $(shell find tests/cpp tests/emulator examples/cpp -type f)
+# The C++ tests run the CUDA kernels through the emulator, which needs no CUDA compiler.
+CONFIGURE = cmake -S . -G Ninja -DFLASH_DMATTN_BUILD_TESTING=ON -DFLASH_DMATTN_CUDA=OFF \
+  -DPython_EXECUTABLE=$(abspath $(PY))
 
 .PHONY: help demo test test-cpp test-sanitize test-python bench bench-cpp build clean distclean
 help:
@@ -62,8 +66,8 @@ $(BUILD)/system.stamp: scripts/install_system_packages.sh
 	scripts/install_system_packages.sh $(NEEDS_VENV)
 	@mkdir -p $(@D) && touch $@
 
-# A change of TORCH or VENV makes the environment, and so everything built against it, anew.
-ENVIRONMENT := $(TORCH) $(abspath $(PY))
+# A change of TORCH, VENV or CUDA makes the environment, and so everything built against it, anew.
+ENVIRONMENT := $(TORCH) $(abspath $(PY)) CUDA=$(CUDA)
 ifneq ($(ENVIRONMENT),$(file < $(BUILD)/environment.name))
   $(shell mkdir -p $(BUILD) && printf '%s' '$(ENVIRONMENT)' > $(BUILD)/environment.name)
 endif
@@ -77,7 +81,7 @@ endif
 	@touch $@
 
 $(BUILD)/package.stamp: $(BUILD)/environment.stamp $(CPP_SOURCES)
-	$(PY) -m pip install --quiet --no-build-isolation -e '.[test,demo]'
+	SKBUILD_CMAKE_DEFINE=FLASH_DMATTN_CUDA=$(CUDA) $(PY) -m pip install --quiet --no-build-isolation -e '.[test,demo]'
 	@touch $@
 
 $(BUILD)/cpp.stamp: $(BUILD)/environment.stamp $(CPP_SOURCES) $(TEST_SOURCES)

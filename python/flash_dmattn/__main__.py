@@ -24,11 +24,12 @@ def info() -> int:
     print("backends:")
     for backend in _backends.BACKENDS:
         print(f"  {backend.name}: {backend.unavailable() or 'available'}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    query = torch.zeros(1, 128, 8, 64, device=device)
-    key = torch.zeros(1, 128, 2, 64, device=device)
+    device = "cuda" if "cuda" in _backends.available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    query = torch.zeros(1, 128, 8, 64, dtype=dtype, device=device)
+    key = torch.zeros(1, 128, 2, 64, dtype=dtype, device=device)
     score = torch.zeros(1, 2, 128, device=device)
-    print("a causal call with a window, float32, head dim 64:")
+    print(f"a causal call with a window on {device}, {str(dtype).removeprefix('torch.')}, head dim 64:")
     for line in explain(query, key, key, attn_bias=score, keep_window_size=32, is_causal=True).splitlines():
         print(f"  {line}")
     return 0

@@ -62,7 +62,10 @@ def select(problem: SelectProblem) -> Tensor:
         return _BY_NAME[name].select(problem)
     if name is not None and name != device:
         raise NotImplementedError(f"{problem.function}: backend {name!r} takes no tensors on {device}")
-    if not (reason := _no_kernels(device)):
+    reason = why_no_kernels(device)
+    if not reason and device == "cuda":
+        reason = _gpu_why_not(problem.score.device)
+    if not reason:
         return _native_select(problem)
     if load_error and (name is not None or device == "cpu"):
         raise ImportError(load_error)
@@ -88,11 +91,27 @@ def explain(problem: Problem, name: str | None) -> str:
         chosen = None
     lines = []
     for backend in BACKENDS:
-        reason = backend.why_not(problem) or "not asked for"
-        lines.append(f"{backend.name}: {'runs' if backend.name == chosen else reason}")
-        if backend.name == chosen and backend.attend is _native_attend:
-            lines += [f"  kernel {line}" for line in _ops.native.explain(*_native_arguments(problem)).splitlines()]
+        if backend.name != chosen:
+            lines.append(f"{backend.name}: {backend.why_not(problem) or 'not asked for'}")
+        elif backend.attend is not _native_attend:
+            lines.append(f"{backend.name}: runs")
+        else:
+            lines += _explain_kernels(backend.name, _ops.native.explain(*_native_arguments(problem)))
     return "\n".join(lines)
+
+
+def _explain_kernels(name: str, answer: str) -> list[str]:
+    """The backend's line and one for each kernel that would come before the one that runs.
+
+    answer: one line per kernel, "<kernel>: runs" or "<kernel>: <why not>", or what is wrong with the call.
+    """
+    refused = []
+    for line in answer.splitlines():
+        kernel, _, verdict = line.partition(": ")
+        if verdict == "runs":
+            return [f"{name}: runs" + (f", kernel {kernel}" if kernel != name else ""), *refused]
+        refused.append(f"  {line}")
+    return [f"{name}: no kernel takes this call", *refused]
 
 
 def _requested(function: str, name: str | None) -> str | None:
@@ -122,7 +141,9 @@ def _no_backend(problem: Problem, name: str | None) -> Exception:
     if name in (None, "cpu") and device == "cpu" and load_error:
         return ImportError(load_error)
     reasons = {backend.name: backend.why_not(problem) for backend in BACKENDS}
-    what = f"this build has no kernel for {device} tensors"
+    what = f"there are no kernels for {device} tensors"
+    if device in reasons:
+        what = f"backend {device!r}: {reasons[device]}"
     if name is not None:
         what = f"backend {name!r} does not take this call"
     if willing := " or ".join(repr(other) for other, reason in reasons.items() if not reason):
@@ -148,7 +169,7 @@ _NO_KERNELS = {
     else (
         ""
         if torch._C._dispatch_has_kernel_for_dispatch_key("flash_dmattn::forward", device.upper())
-        else f"this build has no kernels for {device}"
+        else f"this build has no {device.upper()} kernels"
     )
     for device in ("cuda", "cpu")
 }
@@ -157,35 +178,57 @@ _NO_KERNELS = {
 DEVICES = frozenset(device for device, reason in _NO_KERNELS.items() if not reason)  # with native kernels
 
 
-def _no_kernels(device: str) -> str:
+def why_no_kernels(device: str) -> str:
     """Why there are no native kernels for this device, or ""."""
     return _NO_KERNELS.get(device, f"there are no kernels for {device}")
 
 
 def _cuda_unavailable() -> str:
-    return _no_kernels("cuda") or ("" if torch.cuda.is_available() else "this machine has no CUDA device")
+    if reason := why_no_kernels("cuda"):
+        return reason
+    if not torch.cuda.is_available():
+        return "this machine has no CUDA device"
+    reasons = [_gpu_why_not(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+    return "" if "" in reasons else reasons[0]
+
+
+def _gpu_why_not(device: torch.device) -> str:
+    if torch.compiler.is_compiling():  # the kernels say it when they run
+        return ""
+    major, minor = torch.cuda.get_device_capability(device)
+    return "" if major >= 8 else f"needs compute capability 8.0 or higher, this GPU has {major}.{minor}"
 
 
 def _native_why_not(device: str, problem: Problem) -> str:
-    if reason := _no_kernels(device):
-        return reason
     if problem.query.device.type != device:
-        return f"the tensors are on {problem.query.device.type}"
+        return why_no_kernels(device) or f"the tensors are on {problem.query.device.type}"
+    if reason := why_no_kernels(device):
+        return reason
+    if device == "cuda":
+        if reason := _gpu_why_not(problem.query.device):
+            return reason
+        if problem.query.dtype not in (torch.bfloat16, torch.float16):
+            return f"takes torch.bfloat16 and float16, got {problem.query.dtype}"
     return "takes no mask or bias with a query axis yet" if problem.is_dense else ""
 
 
+def _ranked_natively(score: Tensor | None) -> bool:
+    return score is not None and (score.dtype != torch.float64 or score.device.type == "cpu")
+
+
 def _native_arguments(problem: Problem) -> tuple:
+    is_ranked = problem.expiry is not None and _ranked_natively(problem.score)
     return (
         problem.query,
         problem.key,
         problem.value,
         problem.bias,
         problem.expiry,
-        problem.score,
+        problem.score if is_ranked else None,
         None,
         problem.cu_seqlens_q,
         problem.cu_seqlens_k,
-        problem.keep_window_size or 0,
+        problem.keep_window_size if is_ranked else 0,
         problem.scale,
         problem.is_causal,
     )
@@ -196,6 +239,8 @@ def _native_attend(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _native_select(problem: SelectProblem) -> Tensor:
+    if not _ranked_natively(problem.score):
+        return _tensor_select(problem)
     return _ops.native.select(
         problem.score,
         problem.keep_window_size,
@@ -273,7 +318,7 @@ def _reference_select(problem: SelectProblem) -> Tensor:
 BACKENDS = (
     Backend("cuda", _cuda_unavailable, partial(_native_why_not, "cuda"), _native_attend, _native_select),
     Backend(
-        "cpu", partial(_no_kernels, "cpu"), partial(_native_why_not, "cpu"), _native_attend, _native_select
+        "cpu", partial(why_no_kernels, "cpu"), partial(_native_why_not, "cpu"), _native_attend, _native_select
     ),
     Backend("flex", _flex_unavailable, _flex_why_not, _flex_attend, _tensor_select),
     Backend("reference", lambda: "", _reference_why_not, _reference_attend, _reference_select),
