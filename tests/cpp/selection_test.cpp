@@ -19,6 +19,7 @@ struct Rule {
   bool causal = true;
   std::int64_t num_sinks = 0;
   std::int64_t local_window = 0;
+  std::int64_t num_queries = -1;
 };
 
 // The expiry of every key of one head. Also checks the theorem behind it: what drops out does not return.
@@ -41,6 +42,7 @@ std::vector<std::int64_t> expected_expiry(const std::vector<double>& score, cons
     if (rule.local_window > 0) {
       expiry[key] = std::max(expiry[key], key + std::min(rule.local_window, seqlen - key));
     }
+    if (rule.num_queries >= 0 && expiry[key] <= seqlen - rule.num_queries) expiry[key] = key;
   }
   return expiry;
 }
@@ -53,6 +55,7 @@ SelectArgs make_args(const Tensor& score, const Tensor& expiry, const Rule& rule
   args.causal = rule.causal;
   args.num_sinks = rule.num_sinks;
   args.local_window = rule.local_window;
+  args.num_queries = rule.num_queries;
   return args;
 }
 
@@ -187,6 +190,7 @@ TEST(Selection, RandomCalls) {
     if (rule.causal) {
       rule.local_window =
           random.pick<std::int64_t>({0, 0, 1, 5, longest, std::numeric_limits<std::int64_t>::max()});
+      if (!shape.packed && sequences > 0 && random.chance(0.3)) rule.num_queries = random.between(0, longest);
     }
     check_call(random.pick({DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16}), shape,
                rule,

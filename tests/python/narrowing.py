@@ -40,6 +40,7 @@ def fitted(value, dtypes, largest_work):
 def narrow(definition, kernels) -> None:
     """Rewrites the parametrize marks of a test function of one of SUITES for the kernels that it will be run on."""
     dtypes = {dtype for kernel in kernels for dtype in kernel.dtypes}
+    dtypes.update(getattr(definition.module, "ALSO_TAKEN", ()))
     largest_work = max(getattr(kernel, "largest_work", float("inf")) for kernel in kernels)
     for index, mark in enumerate(definition.own_markers):
         if mark.name != "parametrize" or not isinstance(mark.args[0], str) or "," in mark.args[0]:

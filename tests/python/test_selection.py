@@ -13,20 +13,39 @@ import torch
 import ranking
 from cases import DTYPES, INT32_MAX, SCORES, draw_score
 from counters import count
+from emulated import EmulatedKernel
 
+ALSO_TAKEN = ("f32",)  # types of scores that every kernel takes, whatever those of its queries
 WINDOWS = (1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1024)
 
 
-def assert_equals_heap(kernel, score, keep_window, causal=True, num_sinks=0, local_window=0, cu_seqlens=None):
-    actual = kernel.select_keys(score, keep_window, causal, num_sinks, local_window, cu_seqlens)
-    wanted = ranking.expiry(score, keep_window, causal, num_sinks, local_window, cu_seqlens)
+def cut_to_queries(expiry, num_queries):
+    """What the last num_queries rows need of expiry: keys that none of them sees get their own position."""
+    length = expiry.shape[-1]
+    own = torch.arange(length, dtype=torch.int32).expand_as(expiry)
+    return torch.where(expiry <= length - num_queries, own, expiry)
+
+
+def assert_equals_heap(
+    kernel, score, keep_window, causal=True, num_sinks=0, local_window=0, cu_seqlens=None, queries=(-1,)
+):
+    """Of `queries`, every number of rows that read expiry; -1: all."""
+    every = ranking.expiry(score, keep_window, causal, num_sinks, local_window, cu_seqlens)
+    rule = (score, keep_window, causal, num_sinks, local_window, cu_seqlens)
+    for num_queries in queries:
+        actual = kernel.select_keys(*rule) if num_queries < 0 else kernel.select_keys(*rule, num_queries)
+        wanted = every if num_queries < 0 else cut_to_queries(every, num_queries)
+        given = f"{keep_window=}, {causal=}, {num_sinks=}, {local_window=}, {num_queries=}"
+        assert_equal(actual, wanted, score, given)
+
+
+def assert_equal(actual, wanted, score, given):
     assert (actual.dtype, actual.shape, actual.is_contiguous()) == (torch.int32, score.shape, True)
     wrong = (actual.cpu() != wanted).nonzero()
     at = tuple(wrong[0].tolist()) if len(wrong) else ()
     assert not len(wrong), (
-        f"{len(wrong)} of {actual.numel()} expiries are not the heap's: w={keep_window}, causal={causal}, "
-        f"sinks={num_sinks}, local={local_window}, {score.dtype}; first {list(at)}: got {actual[at]}, "
-        f"heap {wanted[at]}, score {score[at]}"
+        f"{len(wrong)} of {actual.numel()} expiries are not the heap's: {given}, {score.dtype}; "
+        f"first {list(at)}: got {actual[at]}, heap {wanted[at]}, score {score[at]}"
     )
     count("selection", actual.numel())
 
@@ -51,7 +70,9 @@ def test_visibility_is_an_interval_and_the_heap_finds_its_end(causal):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_short_score_vector(kernel, dtype, causal):
     """5^7 vectors of length 7, and all shorter ones, for every w from 1 to 8."""
-    for length in range(1, 8):
+    # Emulated, those of length 7 would take minutes.
+    longest = (5 if causal else 4) if isinstance(kernel, EmulatedKernel) else 7
+    for length in range(1, longest + 1):
         scores = every_vector(length)
         counts, enabled = ranking.rank_counts(scores)
         past = np.arange(length)[:, None] >= np.arange(length)
@@ -100,9 +121,12 @@ def test_every_bit_pattern_of_the_short_types(kernel, dtype):
     assert_equals_heap(kernel, score, 5000, causal=False)
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f64"])
-def test_random_bit_patterns(kernel, dtype):
-    bits = {"f32": torch.int32, "f64": torch.int64}[dtype]
+@pytest.mark.parametrize("width", [32, 64])
+def test_random_bit_patterns(kernel, width):
+    dtype = f"f{width}"
+    if dtype not in (*kernel.dtypes, *ALSO_TAKEN):
+        pytest.skip("not a type of its scores")
+    bits = torch.int32 if dtype == "f32" else torch.int64
     score = torch.randint(-(2**62), 2**62, (2, 2, 4000), generator=torch.Generator().manual_seed(2)) * 2 + 1
     score = (score >> (32 if dtype == "f32" else 0)).to(bits).view(DTYPES[dtype])
     for index, value in enumerate((torch.inf, -torch.inf, torch.nan, -torch.nan, 0.0, -0.0)):
@@ -111,11 +135,15 @@ def test_random_bit_patterns(kernel, dtype):
         assert_equals_heap(kernel, score.to(kernel.device), keep_window)
 
 
-def test_float64_scores_are_ranked_in_float64(kernel):
+def test_float64_scores_are_ranked_in_float64_or_refused(kernel):
     score = (1 + torch.randperm(500, generator=torch.Generator().manual_seed(3)) * 2.0**-50).double()[
         None, None
     ]
     assert len(score.float().unique()) == 1
+    if "f64" not in kernel.dtypes:
+        with pytest.raises(Exception, match="takes float32, bfloat16 and float16 scores, not float64"):
+            kernel.select_keys(score.to(kernel.device), 1)
+        return
     for keep_window in (1, 20, 499):
         assert_equals_heap(kernel, score.to(kernel.device), keep_window)
 
@@ -183,3 +211,40 @@ def test_a_prefix_selects_as_it_does_in_the_whole(kernel):
             kernel.select_keys(score[..., :length], 200), whole[..., :length].clamp(max=length)
         )
         count("selection", 2 * length)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["normal", "equal", "quantised", "rising", "nan"])
+def test_rows_that_read_expiry(kernel, kind, dtype):
+    for length in (1, 2, 33, 700, 3000):
+        score = draw_score(kind, (2, 2, length), DTYPES[dtype]).to(kernel.device)
+        queries = sorted({0, 1, 2, length // 7, length // 2, length // 2 + 1, length - 1, length})
+        for keep_window in (1, 40, 999, 2990):
+            assert_equals_heap(kernel, score, keep_window, queries=[q for q in queries if q <= length])
+        assert_equals_heap(kernel, score, 20, True, 3, 0, None, queries=[0, 1])
+        assert_equals_heap(kernel, score, 20, True, 3, 25, None, queries=[0, 1, length // 7])
+
+
+@pytest.mark.parametrize("kind", ["normal", "quantised", "rising", "equal"])
+def test_few_rows_of_a_long_sequence(kernel, kind):
+    score = draw_score(kind, (1, 2, 70_000), torch.float32).to(kernel.device)
+    for keep_window in (1, 1000, 40_000):
+        assert_equals_heap(kernel, score, keep_window, queries=[1, 3, 1100, 34_000])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "lengths", [(40_000, 0, 5, 33_000, 2000), (1, 32_768, 32_769), (1025, 1024, 1023, 256, 257)]
+)
+def test_long_packed_sequences(kernel, lengths, causal):
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=kernel.device)
+    score = draw_score("quantised", (2, sum(lengths)), torch.float32).T.to(kernel.device)
+    for keep_window in (1, 1024, 33_000):
+        assert_equals_heap(kernel, score, keep_window, causal, 0, 0, cu_seqlens)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_more_heads_than_a_grid_has_rows(kernel, causal):
+    sizes = (1100, 60, 3) if causal or not isinstance(kernel, EmulatedKernel) else (110, 6, 3)
+    score = draw_score("quantised", sizes, torch.float32).to(kernel.device)
+    assert_equals_heap(kernel, score, 2, causal)
