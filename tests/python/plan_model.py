@@ -99,6 +99,23 @@ def plan_of_head(
     return length, segments
 
 
+def waste(
+    segments: dict[int, Segment], expiry: np.ndarray, num_queries: int, tile: int = 32
+) -> tuple[float, float]:
+    """Computed over needed pairs of a causal head without a bias, for tiles of `tile` positions that visit the
+    blocks whose hull they meet; and entries per key."""
+    seqlen_k = expiry.size
+    first_seen = seqlen_k - num_queries
+    computed = 0
+    for segment in segments.values():
+        begin = np.maximum(segment.hulls[:, 0] // tile * tile, first_seen)
+        end = np.minimum(-(-segment.hulls[:, 1] // tile) * tile, seqlen_k)
+        computed += BLOCK * int((end - begin).clip(0).sum())
+    alive = np.minimum(expiry, seqlen_k).astype(np.int64) - np.maximum(np.arange(seqlen_k), first_seen)
+    entries = sum(len(segment.keys) for segment in segments.values())
+    return computed / int(alive.clip(0).sum()), entries / seqlen_k
+
+
 class PlanMemory:
     """The arrays that the operator's tensor consists of, each on a cache line of its own."""
 

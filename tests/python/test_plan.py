@@ -407,26 +407,13 @@ WASTE = {
 }
 
 
-def waste(length, segments, expiry, tile=32):
-    """(computed / needed pairs, entries per token) of a head whose rows are all there."""
-    computed = 0
-    for found in segments.values():
-        begin, end = (
-            found.hulls[:, 0] // tile * tile,
-            -(-found.hulls[:, 1] // tile) * tile,
-        )
-        computed += plan_model.BLOCK * np.minimum(end - begin, expiry.size - begin).sum()
-    entries = sum(len(found.keys) for found in segments.values())
-    return computed / (expiry - np.arange(expiry.size)).clip(0).sum(), entries / expiry.size
-
-
 @pytest.mark.parametrize("process, keep_window", WASTE)
 def test_waste_is_as_documented(kernel, process, keep_window):
     length = 65_536
     score = draw(process, (1, 1, length), keep_window)
     expiry = ranking.expiry(score, keep_window, True)
     ((_, segments),) = assert_equals_model(kernel, expiry, score, keep_window=keep_window)
-    ratio, entries = waste(length, segments, expiry[0, 0].numpy())
+    ratio, entries = plan_model.waste(segments, expiry[0, 0].numpy(), length)
     note(f"{process} w={keep_window}: computed/needed {ratio:.3f}, entries per token {entries:.2f}")
     most_waste, most_entries = WASTE[process, keep_window]
     assert 1 <= ratio <= most_waste + 0.01
