@@ -2,8 +2,8 @@
 
 Eager calls of the common forms (one backend asked for by nobody, key-only bias, nothing to convert or to
 expand) reach the operators in a few microseconds. The operators check everything again; a call that they
-refuse, like one of another form, goes the long way through _arguments.py and _backends.py. That makes the same
-two calls, and raises errors in the user's words.
+refuse, like one of another form, goes the long way through _arguments.py and _backends.py. That makes the
+same two calls, and raises errors in the user's words.
 """
 
 from __future__ import annotations
