@@ -24,7 +24,9 @@ enum class Path { kKeepAll, kOneChunk, kChunks, kKeepBest };
 
 int clamp_to_int(std::int64_t value) { return static_cast<int>(std::min<std::int64_t>(value, kAll)); }
 
-int round_up(std::int64_t value, int unit) { return clamp_to_int(ceil_div(value, unit) * unit); }
+int round_up(std::int64_t value, int unit) {
+  return clamp_to_int(ceil_div(clamp_to_int(value), unit) * unit);
+}
 
 Geometry make_geometry(const SelectArgs& args) {
   Geometry geometry;
