@@ -30,7 +30,7 @@ class WrongResult(Exception):
 
 
 def check(problem: Problem, results: Results, expiry: Tensor, bias: str) -> str:
-    """What was compared, in words; raises WrongResult. expiry is the exact selection; bias is the method's."""
+    """What was compared, in words; raises WrongResult. expiry: the exact selection; bias: the method's."""
     case = problem.case
     if "expiry" in results:
         wrong = int((results["expiry"] != expiry).sum())

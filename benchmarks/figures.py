@@ -45,7 +45,8 @@ class Figure:
         value = "not measured" if self.value is None else f"{self.value:.4g} {self.unit}"
         asked = f"{'at least' if self.at_least else 'at most'} {self.limit:.4g}"
         asked += f", aim {self.aim:g}" if self.aim else ""
-        return f"{'reached' if self.reached else 'NOT REACHED':>11}  {self.what}: {value} ({asked}) {self.detail}"
+        verdict = "reached" if self.reached else "NOT REACHED"
+        return f"{verdict:>11}  {self.what}: {value} ({asked}) {self.detail}"
 
 
 SELECTIONS = ((32768, 8, 1024, 60e-6), (131072, 8, 2048, 200e-6), (1048576, 8, 4096, 1.5e-3))
@@ -115,9 +116,10 @@ def memory(keep: list[dict], options: Options) -> Iterator[Figure]:
         found = extra_bytes(problem, OURS, "")
         inputs = sum(x.numel() * x.element_size() for x in (*problem.inputs(), problem.dout))
         keep.append({"name": f"memory {case.name}", "inputs": inputs, **found})
-        share = 100 * (found["extra"] - found["results"]) / (inputs + found["results"])
-        detail = f"{(found['extra'] - found['results']) / 1e6:.0f} MB beyond {(inputs + found['results']) / 1e6:.0f} MB"
-        yield Figure(f"extra memory, forward and backward, {case.name}", share, "%", 15.0, detail=detail)
+        extra, whole = found["extra"] - found["results"], inputs + found["results"]
+        detail = f"{extra / 1e6:.0f} MB beyond {whole / 1e6:.0f} MB"
+        what = f"extra memory, forward and backward, {case.name}"
+        yield Figure(what, 100 * extra / whole, "%", 15.0, detail=detail)
         del problem
         torch.cuda.empty_cache()
 
@@ -162,15 +164,24 @@ SECTIONS = (host_time, selection_and_plan, against_mask, throughput, memory, tim
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=11)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="no section begins after this long")
+    parser.add_argument(
+        "--budget-seconds", type=float, default=float("inf"), help="no section begins after this long"
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
     options = Options(arguments.runs, arguments.warmup, arguments.seed, 10.0)
-    found: dict = {"environment": environment.describe(), "options": vars(options), "figures": [], "measured": []}
+    found: dict = {
+        "environment": environment.describe(),
+        "options": vars(options),
+        "figures": [],
+        "measured": [],
+    }
     print("\n".join(f"{name}: {value}" for name, value in found["environment"].items()))
     started, complete = time.perf_counter(), True
     for section in SECTIONS:
@@ -186,7 +197,9 @@ def main() -> int:
             complete = False
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"not measured: {reason}", flush=True)
-            found["figures"].append({"what": section.__name__, "value": None, "reached": False, "detail": reason})
+            found["figures"].append(
+                {"what": section.__name__, "value": None, "reached": False, "detail": reason}
+            )
         found["seconds"] = time.perf_counter() - started
         write(arguments.out, found)
         torch.cuda.empty_cache()

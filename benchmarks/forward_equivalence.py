@@ -1,4 +1,5 @@
-"""Whether selection, out and lse are right for the cases of forward_performance.py; exit code 0 or 1.
+"""Whether selection, out and lse of the public function are right for the cases of forward_performance.py;
+exit code 0 or 1.
 
     python benchmarks/forward_equivalence.py
     python benchmarks/forward_equivalence.py --device cpu --test-type length --seed 3

@@ -2,11 +2,11 @@
 
     score = exp(A * softplus(v_flat @ W.T)),   out = flash_dmattn_func(q, k, v, attn_bias=score, ...)
 
-The gradient of a parameter is a sum over keys of c_j dscore_j, where c_j follows from the score's formula; that of
-a value has such a term, too. Sums of errors do not cancel like errors of independent elements: all keys of a row
-share the error of its delta. So the oracle, which knows how, carries the columns c through: they are appended to the
-keys, as channels where the query is 0, and the gradient of the query in channel c is scale * sum_j dS_ij c_j with
-the terms of its bound. Rows are independent and add up.
+The gradient of a parameter is a sum over keys of c_j dscore_j, where c_j follows from the score's formula;
+that of a value has such a term, too. Sums of errors do not cancel like errors of independent elements: all
+keys of a row share the error of its delta. So the oracle, which knows how, carries the columns c through:
+they are appended to the keys, as channels where the query is 0, and the gradient of the query in channel c is
+scale * sum_j dS_ij c_j with the terms of its bound. Rows are independent and add up.
 
     python benchmarks/grad_equivalence.py
     python benchmarks/grad_equivalence.py --device cpu --seed 3
@@ -163,7 +163,9 @@ def main() -> int:
         for case in CASES[test_type]:
             for dtype in names:
                 typed = dataclasses.replace(case, dtype=dtype, seed=arguments.seed)
-                checks.append((f"{test_type} {typed.id}", lambda typed=typed: judged(typed, arguments.device)))
+                checks.append(
+                    (f"{test_type} {typed.id}", lambda typed=typed: judged(typed, arguments.device))
+                )
     return equivalence.run_all(checks, arguments.device)
 
 

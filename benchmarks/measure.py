@@ -77,10 +77,10 @@ def measure_case(case: Case, options: Options, measured: list[dict]) -> dict:
                 entry["wrong"] = f"{name}: {reason}"
         _collect(case.device)
     samples = _take_turns(problem, ready, options)
-    for name, (variant, _, state, setup_seconds) in ready.items():
+    for name in ready:
         pairs = visible_pairs(case, expiry if METHODS[name].windowed else None)
-        found = summary(case, samples[name], setup_seconds, pairs)
-        entry["methods"][name] = {"variant": variant, "pairs": pairs, **found}
+        found = summary(case, samples[name], ready[name].setup_seconds, pairs)
+        entry["methods"][name] = {"variant": ready[name].variant, "pairs": pairs, **found}
     variants = {name: method.variant for name, method in ready.items()}
     ready.clear()
     if options.memory:

@@ -100,7 +100,9 @@ def _dense(repeat_heads: bool, backend: SDPBackend | None = None) -> Solve:
         with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
             if repeat_heads:
                 key, value = (x.repeat_interleave(problem.case.group, dim=1) for x in (key, value))
-            out = scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=not repeat_heads)
+            out = scaled_dot_product_attention(
+                query, key, value, is_causal=causal, enable_gqa=not repeat_heads
+            )
             yield "forward"
             out = out.transpose(1, 2)
             return (yield from _backward(problem, out, inputs, {"out": out.detach()}))
@@ -118,7 +120,7 @@ def dense_mask(problem: Problem) -> Tensor:
     future = torch.ones(shape[2:], dtype=torch.bool, device=case.device)
     future = future.triu(case.seqlen_k - case.seqlen_q + 1)
     for scores, target in zip(problem.score.detach().flatten(0, 1), mask.flatten(0, 1)):
-        rank = scores.argsort(stable=True).argsort().float()  # distinct: of equal scores the later one is higher
+        rank = scores.argsort(stable=True).argsort().float()  # distinct: of equal scores the later is higher
         rows = rank.expand(shape[2:]).masked_fill(future, -torch.inf)
         top = rows.topk(min(case.keep_window, case.seqlen_k), dim=-1)
         values = scores[top.indices].masked_fill(top.values == -torch.inf, -torch.inf)

@@ -10,7 +10,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLOURS = {"mask": "tab:gray", "select": "tab:red", "plan": "tab:pink", "forward": "tab:blue", "backward": "tab:orange"}
+COLOURS = {
+    "mask": "tab:gray",
+    "select": "tab:red",
+    "plan": "tab:pink",
+    "forward": "tab:blue",
+    "backward": "tab:orange",
+}
 
 
 def draw(source: Path, target: Path) -> None:

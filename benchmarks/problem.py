@@ -12,8 +12,9 @@ from suites import Case
 
 SCORES = {  # of normal [B, Hkv, N]
     "iid": lambda normal: normal,
-    "recency": lambda normal: normal
-    + 3 * torch.arange(normal.shape[-1], device=normal.device) / normal.shape[-1],
+    "recency": lambda normal: (
+        normal + 3 * torch.arange(normal.shape[-1], device=normal.device) / normal.shape[-1]
+    ),
     "equal": lambda normal: torch.ones_like(normal),
 }
 

@@ -24,8 +24,8 @@ HEADER = (
 LEGEND = (
     "Milliseconds, medians. kernel: forward or backward of a given plan; end to end: the public function, of "
     "a backward\nautograd's; mask: SDPA with the dense mask, its making in the next column; causal, cuDNN, "
-    "flash: SDPA over all keys; flex: FlexAttention with the interval mask, made within. MB extra: peak beyond "
-    "the inputs. TFLOP/s: useful ones of the kernel."
+    "flash: SDPA over all keys; flex: FlexAttention with the interval mask, made within. MB extra: peak "
+    "beyond the inputs. TFLOP/s: useful ones of the kernel."
 )
 
 
@@ -43,7 +43,8 @@ def row(entry: dict) -> str:
 
     cells = [cell(milliseconds(entry, method, stage)) for _, method, stage in COLUMNS]
     memory = (entry["methods"].get(OURS, {}).get("bytes") or {}).get("extra")
-    rate = entry["methods"].get(STAGES, {}).get("gflops", {}).get("backward" if entry["backward"] else "forward")
+    which = "backward" if entry["backward"] else "forward"
+    rate = entry["methods"].get(STAGES, {}).get("gflops", {}).get(which)
     ours, mask = (milliseconds(entry, method, "{pass}") for method in (OURS, MASKED))
     gain = mask / ours if ours and mask else None
     cells += [cell(memory / 1e6 if memory is not None else None, 9), cell(rate / 1e3 if rate else None, 8)]

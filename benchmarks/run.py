@@ -40,7 +40,9 @@ def main(given: list[str] | None = None) -> int:
     if arguments.command == "memory":
         torch.set_num_threads(arguments.threads)
         case = next(case for case in CASES if case.name == arguments.case_name)
-        print(json.dumps(extra_bytes(make_problem(case, arguments.seed), arguments.method, arguments.variant)))
+        print(
+            json.dumps(extra_bytes(make_problem(case, arguments.seed), arguments.method, arguments.variant))
+        )
         return 0
     return measure(arguments)
 
@@ -51,7 +53,12 @@ def measure(arguments: argparse.Namespace) -> int:
     options = Options(
         arguments.runs, arguments.warmup, arguments.seed, arguments.seconds, not arguments.no_memory
     )
-    found: dict = {"environment": environment.describe(), "options": vars(options), "skipped": [], "cases": []}
+    found: dict = {
+        "environment": environment.describe(),
+        "options": vars(options),
+        "skipped": [],
+        "cases": [],
+    }
     print("\n".join(f"{name}: {value}" for name, value in found["environment"].items()))
     print(f"\n{report.LEGEND}\n{report.HEADER}", flush=True)
     started = time.perf_counter()
@@ -116,7 +123,9 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     )
     names = [case.name for case in CASES]
     parser.add_argument("--case", action="append", default=[], choices=names, metavar="NAME")
-    parser.add_argument("--runs", type=int, default=default.runs, help="timed repetitions (default: %(default)s)")
+    parser.add_argument(
+        "--runs", type=int, default=default.runs, help="timed repetitions (default: %(default)s)"
+    )
     parser.add_argument(
         "--warmup", type=int, default=default.warmup, help="repetitions before them (default: %(default)s)"
     )

@@ -106,7 +106,7 @@ def _real(seqlen: int, windows: Iterable[int] = (1024, 2048, 4096), batch: int =
 
 
 def _other_scores(suite: str) -> list[list[Case]]:
-    """Beside nothing: what attends to all keys, or to a dense mask, takes the time it takes with iid scores."""
+    """Beside nothing: attention to all keys, or to a dense mask, takes the time it takes with iid scores."""
     sizes = [s for n in (32768, 8192, 131072) for s in _real(n)] + _real(4096, batch=8)
     return [_table(suite, "real", sizes, score=score, baselines=()) for score in ("recency", "equal")]
 

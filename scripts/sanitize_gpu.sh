@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# compute-sanitizer over every kernel on tiny shapes: memcheck, racecheck, initcheck, synccheck, a line each. The exit
-# code is 0 if all are clean. Needs a GPU and tests/gpu/smoke.cpp, built with the CUDA kernels:
+# compute-sanitizer over every kernel on tiny shapes: memcheck, racecheck, initcheck, synccheck, a line each.
+# The exit code is 0 if all are clean. Needs a GPU and tests/gpu/smoke.cpp, built with the CUDA kernels:
 #
 #   cmake -S . -B build/cuda -DFLASH_DMATTN_CUDA=ON -DFLASH_DMATTN_BUILD_TESTING=ON
 #   cmake --build build/cuda --target flash_dmattn_smoke
@@ -27,10 +27,10 @@ for tool in memcheck racecheck initcheck synccheck; do
   (
     start=$SECONDS
     # shellcheck disable=SC2086
-    timeout 240 compute-sanitizer --tool "$tool" ${options[$tool]} --error-exitcode 9 --print-limit 20 "$program" \
-      >"$logs/$tool.log" 2>&1
+    timeout 240 compute-sanitizer --tool "$tool" ${options[$tool]} --error-exitcode 9 --print-limit 20 \
+      "$program" >"$logs/$tool.log" 2>&1
     code=$?
-    summary=$(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY|LEAK SUMMARY' "$logs/$tool.log" | sed 's/^=* *//' | paste -sd ';')
+    summary=$(grep -E '(ERROR|RACECHECK|LEAK) SUMMARY' "$logs/$tool.log" | sed 's/^=* *//' | paste -sd ';')
     ran=$(grep -c '^smoke: all ran' "$logs/$tool.log")
     verdict=clean
     [[ $code -eq 0 && $ran -eq 1 ]] || verdict=FAILED

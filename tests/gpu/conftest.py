@@ -1,7 +1,7 @@
 """What only a GPU can show; run.py runs it together with tests/python.
 
 pytest tests/gpu
-pytest tests/gpu --kernel cuda-emulated --shrink 1000 --repeats 3     tries the tests themselves, without a GPU
+pytest tests/gpu --kernel cuda-emulated --shrink 1000 --repeats 3     tries the tests, without a GPU
 """
 
 import sys

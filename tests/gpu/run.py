@@ -1,12 +1,11 @@
-"""The whole suite on a GPU with one command: tests/gpu and all of tests/python that takes a kernel, in processes side
-by side, and a report of what was checked.
+"""The whole suite on a GPU with one command: tests/gpu and all of tests/python that takes a kernel, in
+processes side by side, and a report of what was checked.
 
     python tests/gpu/run.py                            writes tests/gpu/results/gpu.json; exit code 0 or 1
     python tests/gpu/run.py -- -k attention            further arguments for pytest
 
-The report holds counts, the worst error of each tensor as a fraction of its bound, the GPU, the commit; a failure is
-listed with one line that runs it again.
-"""
+The report holds counts, the worst error of each tensor as a fraction of its bound, the GPU, the commit; a
+failure is listed with one line that runs it again."""
 
 from __future__ import annotations
 
@@ -47,10 +46,14 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kernel", default="cuda")
     default = max(1, len(os.sched_getaffinity(0)) - 2)
-    parser.add_argument("--processes", type=int, default=default, help="for tests/python (default: %(default)s)")
+    parser.add_argument(
+        "--processes", type=int, default=default, help="for tests/python (default: %(default)s)"
+    )
     parser.add_argument("--timeout", type=float, default=460, help="seconds for all (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu.json")
     parser.add_argument("pytest", nargs="*", help="after --: arguments for pytest")
@@ -58,7 +61,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def child_environment() -> dict[str, str]:
-    """One thread each, since there are as many processes as cores; the package of the source tree, if it is built."""
+    """One thread each, as there are as many processes as cores; the package of the source tree, if it is
+    built."""
     built = [str(ROOT / "python")] if (ROOT / "python" / "flash_dmattn" / "lib").is_dir() else []
     path = [*built, str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
@@ -98,7 +102,14 @@ def outcome(folder: Path, name: str, late: bool) -> dict:
     why = "took too long and was ended" if late else "ended without a report"
     tail = " | ".join(log.strip().splitlines()[-8:])
     missing = {"test": name, "why": f"the process {why}: {tail}", "reproduce": "python tests/gpu/run.py"}
-    return {"failures": [missing], "tests": {"failed": 1}, "counts": {}, "worst": {}, "notes": [], "slowest": []}
+    return {
+        "failures": [missing],
+        "tests": {"failed": 1},
+        "counts": {},
+        "worst": {},
+        "notes": [],
+        "slowest": [],
+    }
 
 
 def merged(shares: dict[str, dict]) -> dict:
@@ -115,7 +126,9 @@ def merged(shares: dict[str, dict]) -> dict:
         "failures": [failure for share in shares.values() for failure in share["failures"]],
         "notes": [note for share in shares.values() for note in share["notes"]],
         "processes": {name: share.get("seconds") for name, share in shares.items()},
-        "slowest": sorted((x for share in shares.values() for x in share["slowest"]), key=lambda x: -x[1])[:15],
+        "slowest": sorted((x for share in shares.values() for x in share["slowest"]), key=lambda x: -x[1])[
+            :15
+        ],
     }
 
 
@@ -138,7 +151,10 @@ def show(report: dict) -> None:
         print(f"{number:>15,} {LABELS[kind]}")
     print("worst errors as fractions of their bounds:", end=" ")
     print(", ".join(f"{tensor} {ratio:.3f}" for tensor, ratio in report["worst"].items()) or "none")
-    print("slowest:", ", ".join(f"{test.split('/')[-1]} {seconds:.0f} s" for test, seconds in report["slowest"][:5]))
+    print(
+        "slowest:",
+        ", ".join(f"{test.split('/')[-1]} {seconds:.0f} s" for test, seconds in report["slowest"][:5]),
+    )
     tests = ", ".join(f"{number} {kind}" for kind, number in sorted(report["tests"].items()))
     where = report["environment"]
     print(f"{tests} in {report['seconds']:.0f} s; {where.get('gpu', 'no GPU')}, commit {where.get('commit')}")

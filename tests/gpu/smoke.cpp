@@ -1,6 +1,6 @@
 // Every instance of every CUDA kernel on tiny shapes, without PyTorch: what compute-sanitizer looks at
-// (scripts/sanitize_gpu.sh). Values lie in [1, 2], so that a right output does, too; what is right beyond that is for
-// the Python suites. Outputs, plans and workspaces are left uninitialised.
+// (scripts/sanitize_gpu.sh). Values lie in [1, 2], so that a right output does, too; what is right beyond
+// that is for the Python suites. Outputs, plans and workspaces are left uninitialised.
 #include <cuda_runtime.h>
 
 #include <cmath>
@@ -54,7 +54,8 @@ std::uint16_t half_bits(float value, fd::DType dtype) {
   std::memcpy(&bits, &value, sizeof bits);
   if (dtype == fd::DType::kBFloat16) return static_cast<std::uint16_t>(bits >> 16);
   if (value == 0) return 0;
-  const std::uint32_t sign = bits >> 31, exponent = ((bits >> 23) & 0xff) - 127 + 15, fraction = (bits >> 13) & 0x3ff;
+  const std::uint32_t sign = bits >> 31, exponent = ((bits >> 23) & 0xff) - 127 + 15,
+                      fraction = (bits >> 13) & 0x3ff;
   return static_cast<std::uint16_t>(sign << 15 | exponent << 10 | fraction);
 }
 
@@ -67,7 +68,8 @@ float half_value(std::uint16_t half, fd::DType dtype) {
   }
   const int exponent = half >> 10 & 0x1f, fraction = half & 0x3ff;
   if (exponent == 31) return fraction ? NAN : INFINITY;
-  const float size = exponent ? std::ldexp(1.0f + fraction / 1024.0f, exponent - 15) : std::ldexp(fraction, -24);
+  const float size =
+      exponent ? std::ldexp(1.0f + fraction / 1024.0f, exponent - 15) : std::ldexp(fraction, -24);
   return half >> 15 ? -size : size;
 }
 
@@ -92,7 +94,8 @@ struct Tensor {
     std::vector<std::uint16_t> halves(bytes_of(view.dtype) == 2 ? count : 0);
     std::vector<float> found(count);
     void* host = halves.empty() ? static_cast<void*>(found.data()) : halves.data();
-    require(cudaMemcpyAsync(host, view.data, count * bytes_of(view.dtype), cudaMemcpyDeviceToHost, nullptr), "copy");
+    require(cudaMemcpyAsync(host, view.data, count * bytes_of(view.dtype), cudaMemcpyDeviceToHost, nullptr),
+            "copy");
     require(cudaDeviceSynchronize(), "copy from the device");
     for (std::size_t i = 0; i < halves.size(); ++i) found[i] = half_value(halves[i], view.dtype);
     return found;
@@ -156,7 +159,8 @@ struct Problem {
   }
 
   // One number per key and head, packed [total, heads]; or per row and head, packed [heads, total].
-  static Tensor per_head(fd::DType dtype, const Shape& shape, std::int64_t heads, std::int64_t length, bool of_rows) {
+  static Tensor per_head(fd::DType dtype, const Shape& shape, std::int64_t heads, std::int64_t length,
+                         bool of_rows) {
     if (!shape.packed) return Tensor(dtype, {1, heads, length});
     return of_rows ? Tensor(dtype, {heads, length}) : Tensor(dtype, {length, heads});
   }
@@ -183,17 +187,27 @@ void attend(const Shape& shape, std::mt19937& engine) {
   const fd::TensorView cu_k = shape.packed ? problem.cu_seqlens_k.view : absent;
   const bool windowed = shape.keep_window > 0;
   if (windowed) {
-    fd::SelectArgs select{.score = problem.score.view, .cu_seqlens = cu_k, .expiry = problem.expiry.view,
-                          .keep_window = shape.keep_window, .causal = shape.causal};
+    fd::SelectArgs select{.score = problem.score.view,
+                          .cu_seqlens = cu_k,
+                          .expiry = problem.expiry.view,
+                          .keep_window = shape.keep_window,
+                          .causal = shape.causal};
     if (shape.causal && !shape.packed) select.num_queries = shape.seqlen_q;
     run(fd::select, select, "select");
   }
   const fd::TensorView bias = shape.with_bias ? problem.score.view : absent;
   const fd::TensorView expiry = windowed ? problem.expiry.view : absent;
   const fd::TensorView score = windowed ? problem.score.view : absent;
-  fd::PlanArgs plan_args{.expiry = expiry, .score = score, .bias = bias, .cu_seqlens_q = cu_q, .cu_seqlens_k = cu_k,
-                         .num_queries = shape.seqlen_q, .keep_window = shape.keep_window, .causal = shape.causal};
-  const std::int64_t plan_size = shape.with_plan ? static_cast<std::int64_t>(fd::plan_elements(plan_args, target)) : 1;
+  fd::PlanArgs plan_args{.expiry = expiry,
+                         .score = score,
+                         .bias = bias,
+                         .cu_seqlens_q = cu_q,
+                         .cu_seqlens_k = cu_k,
+                         .num_queries = shape.seqlen_q,
+                         .keep_window = shape.keep_window,
+                         .causal = shape.causal};
+  const std::int64_t plan_size =
+      shape.with_plan ? static_cast<std::int64_t>(fd::plan_elements(plan_args, target)) : 1;
   Tensor plan(fd::DType::kInt32, {plan_size});
   if (shape.with_plan) {
     plan_args.plan = plan.view;
@@ -205,10 +219,20 @@ void attend(const Shape& shape, std::mt19937& engine) {
   Tensor out = Problem::rows(shape.dtype, shape, shape.seqlen_q, shape.heads_q);
   Tensor lse = Problem::per_head(fd::DType::kFloat32, shape, shape.heads_q, shape.seqlen_q, true);
   run(fd::forward,
-      fd::ForwardArgs{.query = problem.query.view, .key = problem.key.view, .value = problem.value.view,
-                      .bias = bias, .expiry = expiry, .score = score, .keep_window = shape.keep_window,
-                      .plan = given, .cu_seqlens_q = cu_q, .cu_seqlens_k = cu_k, .out = out.view, .lse = lse.view,
-                      .scale = scale, .causal = shape.causal},
+      fd::ForwardArgs{.query = problem.query.view,
+                      .key = problem.key.view,
+                      .value = problem.value.view,
+                      .bias = bias,
+                      .expiry = expiry,
+                      .score = score,
+                      .keep_window = shape.keep_window,
+                      .plan = given,
+                      .cu_seqlens_q = cu_q,
+                      .cu_seqlens_k = cu_k,
+                      .out = out.view,
+                      .lse = lse.view,
+                      .scale = scale,
+                      .causal = shape.causal},
       "forward");
   check_range(out, 0.99f, 2.01f, "out");
   check_range(lse, -100, 100, "lse");
@@ -217,26 +241,45 @@ void attend(const Shape& shape, std::mt19937& engine) {
   Tensor dk = Problem::rows(shape.dtype, shape, shape.seqlen_k, shape.heads_kv);
   Tensor dv = Problem::rows(shape.dtype, shape, shape.seqlen_k, shape.heads_kv);
   Tensor dbias = Problem::per_head(fd::DType::kFloat32, shape, shape.heads_kv, shape.seqlen_k, false);
-  fd::BackwardArgs backward{.query = problem.query.view, .key = problem.key.view, .value = problem.value.view,
-                            .bias = bias, .expiry = expiry, .score = score, .keep_window = shape.keep_window,
-                            .plan = given, .cu_seqlens_q = cu_q, .cu_seqlens_k = cu_k, .out = out.view,
-                            .lse = lse.view, .dout = problem.dout.view, .dlse = problem.dlse.view, .dq = dq.view,
-                            .dk = dk.view, .dv = dv.view, .dbias = shape.with_bias ? dbias.view : absent,
-                            .scale = scale, .causal = shape.causal};
+  fd::BackwardArgs backward{.query = problem.query.view,
+                            .key = problem.key.view,
+                            .value = problem.value.view,
+                            .bias = bias,
+                            .expiry = expiry,
+                            .score = score,
+                            .keep_window = shape.keep_window,
+                            .plan = given,
+                            .cu_seqlens_q = cu_q,
+                            .cu_seqlens_k = cu_k,
+                            .out = out.view,
+                            .lse = lse.view,
+                            .dout = problem.dout.view,
+                            .dlse = problem.dlse.view,
+                            .dq = dq.view,
+                            .dk = dk.view,
+                            .dv = dv.view,
+                            .dbias = shape.with_bias ? dbias.view : absent,
+                            .scale = scale,
+                            .causal = shape.causal};
   run(fd::backward, backward, "backward");
   for (const Tensor* gradient : {&dq, &dk, &dv}) check_range(*gradient, -1e4f, 1e4f, "a gradient");
   if (shape.with_bias) check_range(dbias, -1e4f, 1e4f, "dbias");
 }
 
-void select_alone(fd::DType dtype, std::int64_t heads, std::int64_t length, std::int64_t keep_window, bool causal,
-                  std::int64_t num_queries, std::mt19937& engine) {
-  std::printf("select: %lld heads of %lld, w%lld\n", static_cast<long long>(heads), static_cast<long long>(length),
-              static_cast<long long>(keep_window));
+void select_alone(fd::DType dtype, std::int64_t heads, std::int64_t length, std::int64_t keep_window,
+                  bool causal, std::int64_t num_queries, std::mt19937& engine) {
+  std::printf("select: %lld heads of %lld, w%lld\n", static_cast<long long>(heads),
+              static_cast<long long>(length), static_cast<long long>(keep_window));
   Tensor score(dtype, {1, heads, length}), expiry(fd::DType::kInt32, {1, heads, length});
   fill(score, -0.5f, engine);
   run(fd::select,
-      fd::SelectArgs{.score = score.view, .expiry = expiry.view, .keep_window = keep_window, .causal = causal,
-                     .num_sinks = 2, .local_window = causal ? 3 : 0, .num_queries = num_queries},
+      fd::SelectArgs{.score = score.view,
+                     .expiry = expiry.view,
+                     .keep_window = keep_window,
+                     .causal = causal,
+                     .num_sinks = 2,
+                     .local_window = causal ? 3 : 0,
+                     .num_queries = num_queries},
       "select");
 }
 

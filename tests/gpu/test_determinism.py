@@ -71,7 +71,9 @@ def test_a_thousand_runs_give_the_same_bits(kernel, case, pytestconfig):
         with beside_other_work(streams, index) if index % 3 == 2 else contextlib.nullcontext():
             again = bits(kernel.run(problem))
         del held
-        assert index % 10 or torch.equal(kernel.select(problem), expiry), f"run {index}: the selection differs"
+        assert index % 10 or torch.equal(kernel.select(problem), expiry), (
+            f"run {index}: the selection differs"
+        )
         for name, tensor in again.items():
             differing[name] += not torch.equal(tensor, first[name])
         count("bitwise", len(again))

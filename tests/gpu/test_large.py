@@ -1,5 +1,5 @@
-"""Shapes beyond what 32 bits count and beyond what one axis of a grid holds: sampled rows against float64, and what
-holds without a reference."""
+"""Shapes beyond what 32 bits count and beyond what one axis of a grid holds: sampled rows against float64,
+and what holds without a reference."""
 
 import pytest
 import torch
@@ -68,13 +68,15 @@ def test_more_than_2_to_31_scores(kernel, pytestconfig):
 
 
 def sums_hold(problem, results):
-    """sum_j dv_j = sum_i dout_i and sum_j dbias_j = 0 in every batch entry and key/value head, on the device."""
+    """sum_j dv_j = sum_i dout_i and sum_j dbias_j = 0 in every batch entry and key/value head."""
     unit = UNIT[problem.query.dtype]
     group = problem.query.shape[2] // problem.key.shape[2]
     dout = problem.dout.double().unflatten(2, (-1, group))
     dv, dbias = results["dv"].double(), results["dbias"].double()
     wanted = dout.sum((1, 3))
-    allowed = Z * unit * (dout.square().sum((1, 3)) + dv.square().sum(1)).sqrt() + 2.0**-20 * dout.abs().sum((1, 3))
+    allowed = Z * unit * (dout.square().sum((1, 3)) + dv.square().sum(1)).sqrt() + 2.0**-20 * dout.abs().sum(
+        (1, 3)
+    )
     assert ((dv.sum(1) - wanted).abs() <= allowed).all()
     # A row's dS sums to what its delta is wrong by: the rounding of its output and of P.
     value = problem.value.double().abs().amax(1).unsqueeze(1).unsqueeze(3)
@@ -84,8 +86,8 @@ def sums_hold(problem, results):
 
 
 def agrees_with_parts(kernel, case, batch=None, heads_kv=None):
-    """A problem of many entries against the same entries in a call of their own, bit for bit, and those against the
-    oracle. batch, heads_kv: the entries looked at."""
+    """A problem of many entries against the same entries in a call of their own, bit for bit, and those
+    against the oracle. batch, heads_kv: the entries looked at."""
     problem = cases.make(case)
     whole = kernel.run(problem.to(kernel.device))
     sums_hold(problem.to(kernel.device), whole)

@@ -2,10 +2,10 @@
 
 import threading
 
-import flash_dmattn
 import pytest
 import torch
 
+import flash_dmattn
 from cases import Case, make
 from counters import count
 from kernels import bit_for_bit
@@ -13,7 +13,14 @@ from kernels import bit_for_bit
 CASES = [
     Case(2, 300, 500, 6, 2, 64, "bf16", keep_window=64, dlse=True),
     Case(1, 2500, 2500, 4, 1, 128, "f16", keep_window=200, bias="separate"),
-    Case(heads_q=4, heads_kv=2, head_dim=80, dtype="bf16", keep_window=32, lengths=((70, 90), (0, 4), (200, 200))),
+    Case(
+        heads_q=4,
+        heads_kv=2,
+        head_dim=80,
+        dtype="bf16",
+        keep_window=32,
+        lengths=((70, 90), (0, 4), (200, 200)),
+    ),
 ]
 with_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 LONG_SLEEP = 400_000_000  # cycles: 0.2 s and more
@@ -164,7 +171,14 @@ def test_compile(kernel, case, backend):
             packed = dict(cu_seqlens_q=problem.cu_seqlens_q, cu_seqlens_k=problem.cu_seqlens_k)
         window = case.keep_window
         return function(
-            query, key, value, attn_bias=bias, attn_score=score, is_causal=True, keep_window_size=window, **packed
+            query,
+            key,
+            value,
+            attn_bias=bias,
+            attn_score=score,
+            is_causal=True,
+            keep_window_size=window,
+            **packed,
         )
 
     names = ("query", "key", "value", "bias")
@@ -192,7 +206,9 @@ def test_opcheck(kernel, case):
     torch.library.opcheck(ops.plan.default, plan_arguments, test_utils=tests)
     torch.library.opcheck(ops.forward.default, (*inputs, *options), test_utils=tests)
     needs = (True, True, True, True)
-    torch.library.opcheck(ops.backward.default, (*gradients, *inputs, out, lse, *options, *needs), test_utils=tests)
+    torch.library.opcheck(
+        ops.backward.default, (*gradients, *inputs, out, lse, *options, *needs), test_utils=tests
+    )
     count("property", 4)
 
 
@@ -223,7 +239,9 @@ def test_wrong_values_on_the_device_do_no_harm(kernel):
         bad = torch.tensor(bounds, dtype=torch.int32, device="cuda")
         kernel.run(problem.replace(cu_seqlens_q=bad, cu_seqlens_k=bad))
         shape = problem.score.shape
-        expiry = torch.randint(-(2**31), 2**31 - 1, shape, generator=generator, device="cuda", dtype=torch.int32)
+        expiry = torch.randint(
+            -(2**31), 2**31 - 1, shape, generator=generator, device="cuda", dtype=torch.int32
+        )
         kernel.run(problem.replace(score=None, fixed_expiry=expiry))
         torch.cuda.synchronize()
         count("property", 2)

@@ -1,5 +1,7 @@
-"""The benchmark driver times a right kernel and refuses to time a wrong one."""
+"""The benchmark programs time and pass what is right, and refuse what is wrong; documents say what was
+measured."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +37,8 @@ sys.exit(run.main())
 
 @pytest.mark.parametrize("changed", ["nothing", "out", "dscore", "expiry"])
 def test_refuses_to_time_what_is_wrong(changed):
-    arguments = ["--suite", "smoke", "--runs", "3", "--threads", "1"]
+    arguments = ["--case", "smoke", "--runs", "3", "--threads", "1"]
+    arguments += [] if changed == "nothing" else ["--no-memory"]
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, BENCHMARKS, changed, *arguments],
         capture_output=True,
@@ -44,3 +47,90 @@ def test_refuses_to_time_what_is_wrong(changed):
     )
     assert done.returncode == (0 if changed == "nothing" else 1), done.stdout + done.stderr
     assert ("Not everything was measured: smoke" in done.stderr) == (changed != "nothing")
+
+
+# The same for a program that judges, with a gradient of the bias that is 1 % too large.
+JUDGED = """
+import runpy, sys
+
+folder, program, wrong, *sys.argv[1:] = sys.argv[1:]
+sys.path.insert(0, folder)
+import torch
+import flash_dmattn
+
+attend = flash_dmattn.flash_dmattn_func
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 1.01 * gradient
+
+def attend_wrongly(*args, attn_bias, **options):
+    return attend(*args, attn_bias=Scaled.apply(attn_bias), attn_score=attn_bias.detach(), **options)
+
+if wrong == "wrong":
+    flash_dmattn.flash_dmattn_func = attend_wrongly
+runpy.run_path(f"{folder}/{program}", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("wrong", ["right", "wrong"])
+def test_grad_equivalence_finds_a_wrong_gradient_of_the_score(wrong):
+    arguments = ["--device", "cpu", "--test-type", "batch"]
+    command = [sys.executable, "-c", JUDGED, BENCHMARKS, "grad_equivalence.py", wrong, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == (wrong == "wrong"), done.stdout + done.stderr
+    assert ("dt_proj: the worst error" in done.stdout) == (wrong == "wrong")
+
+
+@pytest.mark.parametrize("program", ["forward", "backward"])
+def test_equivalence(program):
+    command = [
+        sys.executable,
+        BENCHMARKS / f"{program}_equivalence.py",
+        "--device",
+        "cpu",
+        "--test-type",
+        "length",
+    ]
+    done = subprocess.run([*command, "--seed", "5"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " right; " in done.stdout and "WRONG" not in done.stdout
+
+
+def tables(*arguments):
+    command = [sys.executable, BENCHMARKS / "tables.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_documents_say_what_the_results_say():
+    done = tables("--check")
+    assert done.returncode == 0, done.stdout + done.stderr + "run benchmarks/tables.py"
+
+
+def test_tables_come_from_the_results(tmp_path):
+    """Two cases of a made-up report, through the code that fills the documents."""
+    entry = {"sizes": [1, 2, 1, 512, 512, 128], "keep_window": 64, "modes": ["length"], "backward": False}
+    seconds = {"flash_dmattn": 0.002, "sdpa-mask": 0.05}
+    methods = {name: {"seconds": {"forward": {"median": value}}} for name, value in seconds.items()}
+    report = {
+        "environment": {"cpu": "a CPU", "gpu": "a GPU", "torch": "2", "commit": "abc"},
+        "options": {"runs": 3},
+        "cases": [
+            entry | {"methods": methods},
+            entry | {"methods": {"flash_dmattn": methods["flash_dmattn"]}},
+        ],
+    }
+    (tmp_path / "forward.json").write_text(json.dumps(report))
+    code = (
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import tables, pathlib; print(tables.filled("
+    )
+    code += f"'x\\n<!-- table: forward -->\\nold\\n<!-- end of table -->', pathlib.Path({str(tmp_path)!r})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "| forward | 512 | 512 | 64 | 50.0 | 2.00 | 25x |" in done.stdout, done.stdout + done.stderr
+    assert "| forward | 512 | 512 | 64 | - | 2.00 | - |" in done.stdout and "old" not in done.stdout
+    assert "a GPU, PyTorch 2, commit `abc`; medians of 3 runs." in done.stdout
