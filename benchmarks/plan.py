@@ -17,11 +17,12 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import environment
 import numpy as np
 import torch
-from timing import timed
 from torch import Tensor
+
+import environment
+from timing import timed
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "python"))
 
