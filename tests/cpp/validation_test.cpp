@@ -140,6 +140,9 @@ void check_both(const std::vector<Case<ForwardArgs>>& cases, bool packed) {
     backward_args.value = spoilt.value;
     backward_args.bias = spoilt.bias;
     backward_args.expiry = spoilt.expiry;
+    backward_args.score = spoilt.score;
+    backward_args.keep_window = spoilt.keep_window;
+    backward_args.plan = spoilt.plan;
     backward_args.cu_seqlens_q = spoilt.cu_seqlens_q;
     backward_args.cu_seqlens_k = spoilt.cu_seqlens_k;
     backward_args.scale = spoilt.scale;
@@ -213,6 +216,15 @@ TEST_F(Validation, Select) {
            "an output share memory"},
           {[](Call&, SelectArgs& a) { a.expiry.data = a.score.data; },
            "expiry: got the memory of score, expected memory of its own"},
+          {[](Call&, SelectArgs& a) { a.num_queries = -2; },
+           "num_queries: got -2, expected 0 to Sk = 5, or -1 for all"},
+          {[](Call&, SelectArgs& a) { a.num_queries = 6; },
+           "num_queries: got 6, expected 0 to Sk = 5, or -1 for all"},
+          {[](Call&, SelectArgs& a) {
+             a.num_queries = 3;
+             a.causal = false;
+           },
+           "num_queries: got 3 without causal, expected -1, all"},
           {[](Call& c, SelectArgs&) { c.target.parallel_for.num_workers = 0; },
            "parallel_for.num_workers: got 0, expected 1 to 65536"},
           {[](Call& c, SelectArgs&) { c.target.parallel_for.num_workers = 1 << 20; },
@@ -240,6 +252,8 @@ TEST_F(Validation, SelectPacked) {
            "cu_seqlens: got 1 at index 0, expected 0"},
           {[](Call&, SelectArgs& a) { make_shape(a.cu_seqlens, {0}); },
            "cu_seqlens: got shape [0], expected [sequences + 1], the first element 0"},
+          {[](Call&, SelectArgs& a) { a.num_queries = 3; },
+           "num_queries: got 3 with cu_seqlens, expected -1, all"},
       },
       /*packed=*/true);
 }
@@ -307,6 +321,34 @@ TEST_F(Validation, Attention) {
              (c.cu_seqlens_q = Call::offsets({0, 3, 6})), a.cu_seqlens_q = c.cu_seqlens_q.view();
            },
            "query: got shape [2, 3, 4, 8], expected [total_q, H, D]"},
+          {[](Call&, ForwardArgs& a) { a.keep_window = -1; }, "keep_window: got -1, expected at least 0"},
+          {[](Call&, ForwardArgs& a) {
+             a.keep_window = 2;
+             a.expiry = {};
+           },
+           "keep_window: got 2 without expiry, expected 0"},
+          {[](Call& c, ForwardArgs& a) {
+             a.score = c.score.view();
+             a.expiry = {};
+           },
+           "score: got a tensor without expiry, expected none"},
+          {[](Call& c, ForwardArgs& a) {
+             a.score = c.score.view();
+             a.score.dtype = DType::kInt32;
+           },
+           "score: got dtype int32, expected float64, float32, bfloat16 or float16"},
+          {[](Call& c, ForwardArgs& a) {
+             a.score = c.score.view();
+             make_shape(a.score, {2, 2, 4});
+           },
+           "score: got shape [2, 2, 4], expected [B, Hkv, Sk] with B = 2, Hkv = 2, Sk = 5"},
+          {[](Call& c, ForwardArgs& a) { a.plan = c.expiry.view(); },
+           "plan: got shape [2, 2, 5], expected [n]"},
+          {[](Call& c, ForwardArgs& a) {
+             a.plan = contiguous_view(c.expiry.view().data, DType::kInt32, {5});
+             a.plan.stride[0] = 2;
+           },
+           "plan: got strides [2], expected contiguous memory"},
       },
       /*packed=*/false);
 }
