@@ -3,7 +3,8 @@ forward_equivalence.py and backward_equivalence.py share.
 
 Small cases are judged in every element against the float64 oracle, by the rules of the test suite
 (tests/python); long ones, and scores that it does not draw, at sampled positions (check.py), both on inputs
-drawn from --seed."""
+drawn from --seed.
+"""
 
 from __future__ import annotations
 

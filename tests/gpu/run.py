@@ -1,11 +1,12 @@
-"""The whole suite on a GPU with one command: tests/gpu and all of tests/python that takes a kernel, in
+"""The whole suite on a GPU with one command: tests/gpu and all of tests/python that judges kernels, in
 processes side by side, and a report of what was checked.
 
     python tests/gpu/run.py                            writes tests/gpu/results/gpu.json; exit code 0 or 1
     python tests/gpu/run.py -- -k attention            further arguments for pytest
 
 The report holds counts, the worst error of each tensor as a fraction of its bound, the GPU, the commit; a
-failure is listed with one line that runs it again."""
+failure is listed with one line that runs it again.
+"""
 
 from __future__ import annotations
 

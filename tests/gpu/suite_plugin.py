@@ -1,4 +1,4 @@
-"""A pytest plugin for run.py: runs one share of the tests that take a kernel, and writes what came of it."""
+"""A pytest plugin for run.py: runs one share of the tests that judge a kernel, and writes what came of it."""
 
 import json
 import re
@@ -19,8 +19,12 @@ def pytest_configure(config):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
+    from narrowing import SUITES  # conftest.py has found it
+
     index, number = map(int, config.getoption("--shard").split("/"))
-    kept = [item for item in items if "kernel" in item.fixturenames][index::number]
+    here = Path(__file__).parent
+    judging = [item for item in items if item.path.parent == here or item.module.__name__ in SUITES]
+    kept = [item for item in judging if "kernel" in item.fixturenames][index::number]
     chosen = set(kept)
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = kept
@@ -29,6 +33,8 @@ def pytest_collection_modifyitems(config, items):
 class Outcome:
     def __init__(self, config):
         self.path = config.getoption("--share-report")
+        named = config.getoption("--kernel")  # of tests/python: a list
+        self.kernel = named[0] if isinstance(named, list) else named
         self.started = time.time()
         self.tests = {"passed": 0, "failed": 0, "skipped": 0}
         self.failures: list[dict[str, str]] = []
@@ -39,12 +45,12 @@ class Outcome:
         if report.failed or (report.when == "call" and report.passed) or report.skipped:
             self.tests[report.outcome] += 1
         if report.failed:
-            self.failures.append(failure(report.nodeid, report.longreprtext))
+            self.failures.append(self.failure(report.nodeid, report.longreprtext))
 
     def pytest_collectreport(self, report):
         if report.failed:
             self.tests["failed"] += 1
-            self.failures.append(failure(report.nodeid, report.longreprtext))
+            self.failures.append(self.failure(report.nodeid, report.longreprtext))
 
     def pytest_sessionfinish(self, exitstatus):
         import counters
@@ -62,10 +68,9 @@ class Outcome:
         if self.path:
             self.path.write_text(json.dumps(found))
 
-
-def failure(test: str, text: str) -> dict[str, str]:
-    """The line that a check names to run it again, or pytest's own."""
-    reproductions = re.findall(r"^E? *reproduce: (.*)$", text, re.MULTILINE)
-    reasons = re.findall(r"^E +(.*)$", text, re.MULTILINE) or text.strip().splitlines()[-1:]
-    again = reproductions[0] if reproductions else f"python -m pytest '{test}' --kernel cuda"
-    return {"test": test, "why": " | ".join(reasons[:3])[:600], "reproduce": again}
+    def failure(self, test: str, text: str) -> dict[str, str]:
+        """The line that a check names to run it again, or pytest's own."""
+        reproductions = re.findall(r"^E? *reproduce: (.*)$", text, re.MULTILINE)
+        reasons = re.findall(r"^E +(.*)$", text, re.MULTILINE) or text.strip().splitlines()[-1:]
+        again = reproductions[0] if reproductions else f"python -m pytest '{test}' --kernel {self.kernel}"
+        return {"test": test, "why": " | ".join(reasons[:3])[:600], "reproduce": again}

@@ -8,6 +8,7 @@ import torch
 import flash_dmattn
 from cases import Case, make
 from counters import count
+from judge import check
 from kernels import bit_for_bit
 
 CASES = [
@@ -40,6 +41,13 @@ def same(results, wanted):
 
 def tensors(problem):
     return {name: x for name, x in vars(problem).items() if isinstance(x, torch.Tensor)}
+
+
+@with_cases
+def test_the_public_function(kernel, case):
+    check("public-cuda", case)
+    no_window = Case(**(vars(case) | {"keep_window": None, "bias": "separate"}))
+    check("public-cuda", no_window)
 
 
 @with_cases

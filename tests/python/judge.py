@@ -21,6 +21,7 @@ KERNELS = {
         "cuda-emulated", "cpu", ("bf16", "f16"), keeps_float32=False, namespace="flash_dmattn_emulated"
     ),
     "cuda": OpsKernel("cuda", "cuda", ("bf16", "f16"), keeps_float32=False),
+    "public-cuda": PublicKernel("public-cuda", "cuda", ("bf16", "f16"), keeps_float32=False),
     "public-cpu": PublicKernel("public-cpu", "cpu", ALL, keeps_float32=True),
     "reference-cpu": PublicKernel(
         "reference-cpu", "cpu", ALL, keeps_float32=False, backend="reference", contiguous=("out", "lse")
