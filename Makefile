@@ -28,11 +28,13 @@ TEST_SOURCES := $(shell find tests/cpp tests/emulator examples/cpp -type f)
 CONFIGURE = cmake -S . -G Ninja -DFLASH_DMATTN_BUILD_TESTING=ON -DFLASH_DMATTN_CUDA=OFF \
   -DPython_EXECUTABLE=$(abspath $(PY))
 
-.PHONY: help demo test test-cpp test-sanitize test-python bench bench-cpp build clean distclean
+.PHONY: help demo test test-cpp test-sanitize test-python test-gpu sanitize-gpu bench bench-cpp build clean distclean
 help:
 	@echo "make demo           train a small language model on real text and draw what it learned (demo_out/)"
 	@echo "make test           every test: C++, C++ under ASan and UBSan, Python"
 	@echo "make test-cpp, test-sanitize, test-python   one of the three"
+	@echo "make test-gpu       what judges kernels, on a GPU; the report goes to tests/gpu/results/gpu.json"
+	@echo "make sanitize-gpu   every CUDA kernel under compute-sanitizer, on a GPU"
 	@echo "make bench          benchmarks beside PyTorch's attention; ARGS=... goes to benchmarks/run.py"
 	@echo "make bench-cpp      micro-benchmarks of the C++ library; ARGS=... goes to Google Benchmark"
 	@echo "make build          the Python package, editable, in the virtual environment"
@@ -53,6 +55,14 @@ test-sanitize: $(BUILD)/sanitize.stamp
 
 test-python: $(BUILD)/package.stamp $(BUILD)/cpp.stamp
 	FLASH_DMATTN_BUGS_LIBRARY=$(abspath $(BUILD))/cpp/libflash_dmattn_torch_bugs.so $(PY) -m pytest $(ARGS)
+
+test-gpu: $(BUILD)/package.stamp
+	PYTHON=$(PY) scripts/test_gpu.sh $(ARGS)
+
+sanitize-gpu: $(BUILD)/environment.stamp
+	cmake -S . -G Ninja -B $(BUILD)/cuda -DFLASH_DMATTN_BUILD_TESTING=ON -DFLASH_DMATTN_CUDA=ON
+	cmake --build $(BUILD)/cuda --target flash_dmattn_smoke
+	scripts/sanitize_gpu.sh $(BUILD)/cuda/tests/gpu/flash_dmattn_smoke
 
 bench: $(BUILD)/package.stamp
 	$(PY) benchmarks/run.py $(ARGS)
