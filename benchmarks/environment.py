@@ -16,8 +16,7 @@ import flash_dmattn
 def describe() -> dict[str, object]:
     found: dict[str, object] = {
         "date": datetime.date.today().isoformat(),
-        "commit": _git("rev-parse", "--short=12", "HEAD")
-        + ("+changes" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": os.environ.get("FLASH_DMATTN_COMMIT") or _commit(),
         "flash_dmattn": flash_dmattn.__version__,
         "backends": flash_dmattn.get_available_backends(),
         "torch": torch.__version__,
@@ -42,6 +41,11 @@ def _driver() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         return ""
+
+
+def _commit() -> str:
+    changes = "+changes" if _git("status", "--porcelain", "-uno") else ""
+    return _git("rev-parse", "--short=12", "HEAD") + changes
 
 
 def _cpu_name() -> str:

@@ -52,6 +52,11 @@ class Figure:
 SELECTIONS = ((32768, 8, 1024, 60e-6), (131072, 8, 2048, 200e-6), (1048576, 8, 4096, 1.5e-3))
 
 
+def _shape(case: Case) -> str:
+    sizes = case.batch, case.heads, case.heads_kv, case.seqlen_q, case.seqlen_k, case.head_dim
+    return f"{(*sizes, case.keep_window)}{', equal scores' * (case.score == 'equal')}"
+
+
 def _median(entry: dict, method: str, stage: str) -> float:
     if method not in entry["methods"]:
         raise RuntimeError(f"{method}: {entry['not_run'][method]}")
@@ -65,7 +70,7 @@ def against_mask(keep: list[dict], options: Options) -> Iterator[Figure]:
     for stage, limit in (("forward", 12.0), ("backward", 8.0)):
         ours, mask = (_median(entry, method, stage) for method in (OURS, MASKED))
         detail = f"{1e3 * ours:.3f} ms end to end, SDPA with the dense mask {1e3 * mask:.3f} ms"
-        yield Figure(f"{stage} {case.name}", mask / ours, "times", limit, at_least=True, detail=detail)
+        yield Figure(f"{stage} {_shape(case)}", mask / ours, "times", limit, at_least=True, detail=detail)
 
 
 def throughput(keep: list[dict], options: Options) -> Iterator[Figure]:
@@ -76,7 +81,7 @@ def throughput(keep: list[dict], options: Options) -> Iterator[Figure]:
     for stage, limit, aim in (("forward", 160.0, 220.0), ("backward", 90.0, 130.0)):
         seconds = _median(entry, STAGES, stage)
         rate = entry["methods"][STAGES]["gflops"][stage] / 1e3
-        what = f"{stage} kernel {case.name}"
+        what = f"{stage} kernel {_shape(case)}"
         yield Figure(what, rate, "TFLOP/s", limit, True, aim, f"{1e3 * seconds:.3f} ms")
 
 
@@ -118,7 +123,7 @@ def memory(keep: list[dict], options: Options) -> Iterator[Figure]:
         keep.append({"name": f"memory {case.name}", "inputs": inputs, **found})
         extra, whole = found["extra"] - found["results"], inputs + found["results"]
         detail = f"{extra / 1e6:.0f} MB beyond {whole / 1e6:.0f} MB"
-        what = f"extra memory, forward and backward, {case.name}"
+        what = f"extra memory, forward and backward, {_shape(case)}"
         yield Figure(what, 100 * extra / whole, "%", 15.0, detail=detail)
         del problem
         torch.cuda.empty_cache()
@@ -128,7 +133,7 @@ def time_per_token(keep: list[dict], options: Options) -> Iterator[Figure]:
     """The largest over the smallest, over lengths."""
     times: dict[str, dict[int, float]] = {"forward": {}, "backward": {}}
     for seqlen in (32768, 65536, 131072, 262144, 524288):
-        case = Case(1, 16, 4, seqlen, seqlen, 128, 1024, "figures", backward=True)
+        case = Case(1, 32, 8, seqlen, seqlen, 128, 1024, "figures", backward=True)
         entry = measure_case(case, Options(max(3, options.runs // 2), 1, options.seed, 10.0, False), [])
         keep.append(entry)
         for stage, by_length in times.items():
@@ -137,7 +142,7 @@ def time_per_token(keep: list[dict], options: Options) -> Iterator[Figure]:
     for stage, by_length in times.items():
         spread = 100 * (max(by_length.values()) / min(by_length.values()) - 1)
         detail = ", ".join(f"{seqlen}: {value:.2f} ns" for seqlen, value in by_length.items())
-        yield Figure(f"time per token, {stage}, H16 Hkv4 D128 w1024", spread, "% apart", 10.0, detail=detail)
+        yield Figure(f"time per token, {stage}, H32 Hkv8 D128 w1024", spread, "% apart", 10.0, detail=detail)
 
 
 def host_time(keep: list[dict], options: Options) -> Iterator[Figure]:

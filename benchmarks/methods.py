@@ -28,6 +28,7 @@ Solve = Callable[[Problem, Tensor | None], Stages]
 MOST_SECONDS = 2.0  # a baseline that takes longer for one run is not timed
 DENSE_FLOPS = 1e14  # a second, of masked dense attention on the GPUs that this is run on, at least
 MOST_MASK_BYTES = 0.5  # of the device's memory, with what is needed to make the mask
+MOST_REPEATED_BYTES = 16 * 2**30
 
 
 class Method(NamedTuple):
@@ -145,7 +146,9 @@ def _masked_by_query_head(problem: Problem, mask: Tensor) -> Stages:
     case, inputs = problem.case, problem.inputs()[:3]
     query, key, value = (x.transpose(1, 2) for x in inputs)
     key, value = (x.repeat_interleave(case.group, dim=1) for x in (key, value))
-    if case.heads_kv > 1:
+    if case.heads_kv > 1 and case.group > 1:
+        if mask.nbytes * case.group > MOST_REPEATED_BYTES:
+            raise NotImplementedError("a mask for every query head is too large")
         mask = mask.repeat_interleave(case.group, dim=1)
     out = scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
     yield "forward"
