@@ -39,6 +39,7 @@ hypothesis.settings.register_profile(
     print_blob=True,
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
+hypothesis.settings.register_profile("emulated", hypothesis.settings.get_profile("ci"), max_examples=25)
 hypothesis.settings.load_profile("ci")
 
 
@@ -53,14 +54,15 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
+    if config.getoption("--kernel") == ["cuda-emulated"] and not config.getoption("--hypothesis-profile"):
+        hypothesis.settings.load_profile("emulated")
 
 
 def pytest_generate_tests(metafunc):
     if "kernel" in metafunc.fixturenames:
         names = metafunc.config.getoption("--kernel") or ["cpu"]
         kernels = [KERNELS[name] for name in names]
-        if metafunc.module.__name__ in narrowing.SUITES:
-            narrowing.narrow(metafunc.definition, kernels)
+        narrowing.narrow(metafunc.definition, metafunc.module.__name__, kernels)
         metafunc.parametrize("kernel", kernels, ids=names, scope="session")
 
 
@@ -71,8 +73,8 @@ def pytest_collection_modifyitems(config, items):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         names = config.getoption("--kernel") or ["cpu"]
         emulated = isinstance(parameters.get("kernel", KERNELS[names[0]]), EmulatedKernel)
-        outside = item.module.__name__ not in narrowing.SUITES or "kernel" not in parameters
-        return emulated and outside
+        judges = item.module.__name__ in narrowing.SUITES and "kernel" in parameters
+        return emulated and (not judges or item.originalname in narrowing.NOT_EMULATED)
 
     config.hook.pytest_deselected(items=[item for item in items if left_out(item)])
     items[:] = [item for item in items if not left_out(item)]

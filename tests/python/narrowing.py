@@ -13,7 +13,19 @@ SUITES = (
     "test_attention test_bitwise test_concurrency test_errors test_fuzz test_layouts test_non_finite test_plan "
     "test_poison test_probe test_properties test_reductions test_selection"
 ).split()
+# Of these, what an emulated kernel is not run on: what goes through the public functions, what no CUDA kernel
+# survives, what would take minutes.
+NOT_EMULATED = {
+    "test_backward_on_another_thread_than_forward",
+    "test_dataloader_workers",
+    "test_every_subset_of_requires_grad",
+    "test_identities_on_a_long_sequence",
+    "test_identities_on_a_million_tokens",
+    "test_the_gradient_of_a_sum_is_expanded",
+}
+OF_SCORES = ("test_plan", "test_selection")  # their types are those of scores: float32 is always taken
 INSTEAD = {"f32": "bf16", "f64": "f16"}
+LARGEST_HEAD_DIM = 256  # of kernels that take no float32
 
 
 def work(case) -> int:
@@ -31,15 +43,25 @@ def fitted(value, dtypes, largest_work):
             value = dataclasses.replace(value, dtype=INSTEAD[value.dtype])
         if isinstance(value, Probe) and value.keep_window > LARGEST_WINDOW[value.dtype]:
             value = dataclasses.replace(value, dtype="f16")
-        return value if work(value) <= largest_work else None
+        if getattr(value, "score_dtype", None) == "f64" and "f64" not in dtypes:
+            value = dataclasses.replace(value, score_dtype="f32")
+        too_wide = "f32" not in dtypes and value.head_dim > LARGEST_HEAD_DIM
+        return None if too_wide or work(value) > largest_work else value
     if isinstance(value, str) and value in DTYPES and value not in dtypes:
         return INSTEAD[value]
     return value
 
 
-def narrow(definition, kernels) -> None:
-    """Rewrites the parametrize marks of a test function of one of SUITES for the kernels that it will be run on."""
-    dtypes = {dtype for kernel in kernels for dtype in kernel.dtypes}
+def fit(case, kernel):
+    """The case in a type that the kernel takes."""
+    return fitted(case, kernel.dtypes, float("inf"))
+
+
+def narrow(definition, module: str, kernels) -> None:
+    """Rewrites the parametrize marks of a test function of `module` for the kernels that it will be run on."""
+    if module not in SUITES:
+        return
+    dtypes = {dtype for kernel in kernels for dtype in kernel.dtypes} | ({"f32"} if module in OF_SCORES else set())
     dtypes.update(getattr(definition.module, "ALSO_TAKEN", ()))
     largest_work = max(getattr(kernel, "largest_work", float("inf")) for kernel in kernels)
     for index, mark in enumerate(definition.own_markers):

@@ -10,8 +10,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from cases import Case, make
 from counters import count
+from emulated import EmulatedKernel
 from judge import KERNELS
 from kernels import bit_for_bit
+from narrowing import fit
 
 CASES = [
     Case(batch=2, seqlen_q=200, seqlen_k=200, keep_window=32, dlse=True, seed=1),
@@ -28,15 +30,16 @@ def assert_same(results, wanted):
 
 
 def test_concurrent_calls(kernel):
-    problems = [make(case).to(kernel.device) for case in CASES]
+    problems = [make(fit(case, kernel)).to(kernel.device) for case in CASES]
     wanted = [kernel.run(problem) for problem in problems]
     results, errors = {}, []
+    emulated = isinstance(kernel, EmulatedKernel)
     barrier = threading.Barrier(len(problems))
 
     def work(index):
         try:
             barrier.wait()
-            results[index] = [kernel.run(problems[index]) for _ in range(10)]
+            results[index] = [kernel.run(problems[index]) for _ in range(2 if emulated else 10)]
         except Exception as error:  # noqa: BLE001 (reported below, from the main thread)
             errors.append(error)
 
@@ -83,7 +86,8 @@ class Attended(Dataset):
         return 8
 
     def __getitem__(self, index):
-        return index, KERNELS[self.kernel_name].run(make(CASES[index % len(CASES)]))
+        kernel = KERNELS[self.kernel_name]
+        return index, kernel.run(make(fit(CASES[index % len(CASES)], kernel)))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -91,7 +95,7 @@ def test_dataloader_workers(kernel, method):
     if kernel.device != "cpu":
         pytest.skip("CUDA does not survive a fork")
     torch.set_num_threads(2)
-    wanted = [kernel.run(make(case)) for case in CASES]  # the pool of this process has threads now
+    wanted = [kernel.run(make(fit(case, kernel))) for case in CASES]  # the pool of this process has threads now
     loader = DataLoader(
         Attended(kernel.name), batch_size=None, num_workers=2, multiprocessing_context=method, timeout=120
     )
@@ -100,11 +104,11 @@ def test_dataloader_workers(kernel, method):
         assert_same(results, wanted[index % len(CASES)])
         indices.append(index)
     assert sorted(indices) == list(range(8))
-    assert_same(kernel.run(make(CASES[0])), wanted[0])
+    assert_same(kernel.run(make(fit(CASES[0], kernel))), wanted[0])
 
 
 def test_backward_on_another_thread_than_forward(kernel):
-    problem = make(CASES[0]).to(kernel.device)
+    problem = make(fit(CASES[0], kernel)).to(kernel.device)
     wanted = kernel.run(problem)
     leaves = [
         tensor.clone().requires_grad_()

@@ -10,7 +10,9 @@ import flash_dmattn
 import pytest
 import torch
 
+from cases import DTYPES, Case
 from counters import count
+from narrowing import fit
 from refusals import ENTRIES, HKV, INT, SK, SQ, TABLE, B, D, H, R, good_func, zeros
 
 
@@ -113,8 +115,9 @@ def test_shapes_beyond_any_memory(sizes):
 
 def test_bad_expiry_is_safe_without_validation(kernel):
     """Any int32 is: results are those of the clamped value."""
-    query = torch.randn(B, SQ, H, D, device=kernel.device)
-    key = torch.randn(B, SK, HKV, D, device=kernel.device)
+    dtype = DTYPES[fit(Case(), kernel).dtype]
+    query = torch.randn(B, SQ, H, D, device=kernel.device).to(dtype)
+    key = torch.randn(B, SK, HKV, D, device=kernel.device).to(dtype)
     wild = torch.tensor([-(2**31), -1, 0, 3, SK, SK + 1, 2**31 - 1], dtype=INT, device=kernel.device).expand(
         B, HKV, SK
     )

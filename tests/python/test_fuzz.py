@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from cases import DTYPES, INT32_MAX, SCORES, Case, make
 from counters import count
 from judge import failures_of, reproduction, require
+from narrowing import fit
 from oracle import expected
 from test_layouts import FORMS, INPUTS
 
@@ -60,6 +61,7 @@ def cases(draw, packed=False):
 
 
 def judged(kernel, case, layouts=()):
+    case = fit(case, kernel)
     problem = make(case)
     answer = expected(problem)
     forms = dict(zip(INPUTS, layouts))

@@ -7,6 +7,7 @@ import torch
 from cases import Case, make
 from counters import count
 from kernels import bit_for_bit
+from narrowing import fit
 
 BASE = dict(batch=2, seqlen_q=50, seqlen_k=90, heads_q=6, heads_kv=2, head_dim=40, keep_window=16, dlse=True)
 INPUTS = ("query", "key", "value", "bias", "score", "dout", "dlse")
@@ -149,15 +150,15 @@ def test_expanded_inputs(kernel, axis, dtype):
 
 def test_overlapping_rows(kernel):
     """Windows into one buffer: rows share memory, which is fine for what is only read."""
-    problem = make(Case(**BASE)).to(kernel.device)
-    buffer = torch.randn(5000, device=kernel.device)
+    problem = make(fit(Case(**BASE), kernel)).to(kernel.device)
+    buffer = torch.randn(5000, device=kernel.device).to(problem.key.dtype)
     key = buffer.as_strided(problem.key.shape, (1000, 7, 13, 1))
     wanted = kernel.run(problem.replace(key=key.contiguous(), value=key.contiguous()))
     assert_same(kernel.run(problem.replace(key=key, value=key)), wanted, "overlapping")
 
 
 def test_the_gradient_of_a_sum_is_expanded(kernel):
-    problem = make(Case(**BASE)).to(kernel.device)
+    problem = make(fit(Case(**BASE), kernel)).to(kernel.device)
     grads = []
     for reduce in (lambda out: out.sum(), lambda out: (out * torch.ones_like(out)).sum()):
         leaves = [
@@ -175,11 +176,9 @@ def test_the_gradient_of_a_sum_is_expanded(kernel):
 @pytest.mark.parametrize("form", ["BHSD", "fused", "every other", "offset 3"])
 def test_packed_layouts(kernel, form):
     form = {"BHSD": swapped(0, 1)}.get(form) or FORMS[form]
-    problem = make(
-        Case(
-            lengths=((20, 30), (0, 4), (33, 33)), heads_q=4, heads_kv=2, head_dim=24, keep_window=8, dlse=True
-        )
+    case = Case(
+        lengths=((20, 30), (0, 4), (33, 33)), heads_q=4, heads_kv=2, head_dim=24, keep_window=8, dlse=True
     )
-    problem = problem.to(kernel.device)
+    problem = make(fit(case, kernel)).to(kernel.device)
     changed = problem.replace(**{name: form(getattr(problem, name)) for name in INPUTS})
     assert_same(kernel.run(changed), kernel.run(problem), "packed")

@@ -78,6 +78,8 @@ def assert_close_in_float64(actual, wanted, terms):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("keep_window", [None, 150, 151, INT32_MAX])
 def test_a_window_beyond_the_sequence_is_dense_attention(kernel, keep_window, causal):
+    if "f64" not in kernel.dtypes:
+        pytest.skip("compares in float64")
     case = Case(**BASE, dtype="f64", keep_window=keep_window, causal=causal, bias="separate")
     problem = make(case)
     on_device = problem.to(kernel.device)
@@ -88,6 +90,8 @@ def test_a_window_beyond_the_sequence_is_dense_attention(kernel, keep_window, ca
 @pytest.mark.parametrize("score", ["normal", "two_values"])
 def test_a_window_is_dense_attention_under_the_mask_it_stands_for(kernel, score, causal):
     """The mask as people build it: by definition, N x N."""
+    if "f64" not in kernel.dtypes:
+        pytest.skip("compares in float64")
     case = Case(
         **(BASE | dict(seqlen_q=100)),
         dtype="f64",
@@ -116,7 +120,12 @@ def test_a_group_equals_expanded_heads(kernel, group, dtype):
     many = kernel.run(problem.replace(**spread).to(kernel.device))
     for name, axis in (("dk", 2), ("dv", 2), ("dbias", 1)):
         many[name] = many[name].unflatten(axis, (2, group)).sum(axis + 1)
-    require(tiers.judge(many, answer, problem.query.dtype, kernel.keeps_float32), reproduction(kernel, case))
+    # Summed, the gradients of the many have been rounded each by itself.
+    least_limit = 1.0 if dtype in ("f64", "f32") else 1.5
+    require(
+        tiers.judge(many, answer, problem.query.dtype, kernel.keeps_float32, least_limit=least_limit),
+        reproduction(kernel, case),
+    )
     grouped = kernel.run(problem.to(kernel.device))
     for name in ("out", "lse", "dq"):
         assert bit_for_bit(grouped[name], many[name]), name
@@ -173,7 +182,7 @@ def test_partial_results_merge_by_their_lse(kernel, dtype):
         for name, axis in (("dk", 1), ("dv", 1), ("dbias", 2))
     }
     together["dq"] = grads[0]["dq"].double() + grads[1]["dq"].double()
-    scale = {"f64": 1e-13, "f32": 1e-6, "bf16": 2e-2}[dtype]
+    scale = {"f64": 1e-13, "f32": 1e-6, "bf16": 2e-2, "f16": 2.5e-3}[dtype]
     for name, grad in together.items():
         reference = answer.tensors[name]
         size = (reference.terms + reference.exact.sqrt() / 2.0**-21).max()
