@@ -104,3 +104,25 @@ def test_nearly_full_memory_changes_nothing(kernel, case):
             count("bitwise", len(again))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize("pattern", [torch.nan, torch.inf, 1e30, -1e-30])
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.id)
+def test_what_memory_held_before_changes_nothing(kernel, case, pattern):
+    """Results, plans and workspaces come from blocks that held other numbers: large ones and small ones,
+    which the allocator keeps apart."""
+    if kernel.device != "cuda":
+        pytest.skip("the memory of a GPU")
+    problem = make(case).to("cuda")
+    first = bits(kernel.run(problem))
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    dirty = [torch.full((size // 4,), pattern, device="cuda") for size in [1 << 29] + [1 << 19] * 128]
+    del dirty
+    held = torch.cuda.memory_reserved()
+    assert held - before >= 1 << 29
+    again = bits(kernel.run(problem))
+    assert torch.cuda.memory_reserved() == held, "memory came from elsewhere"
+    for name, tensor in first.items():
+        assert torch.equal(again[name], tensor), name
+    count("bitwise", len(again))
