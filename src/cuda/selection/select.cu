@@ -1,6 +1,9 @@
 #include "cuda/selection/select.h"
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
 #include <limits>
 #include <string>
 
@@ -18,7 +21,8 @@ namespace {
 
 constexpr int kAll = std::numeric_limits<int>::max();
 constexpr int kMaxChunk = 1024;
-constexpr int kMaxSuperChunk = 32768;
+constexpr int kMinSuperChunk = 4096;
+constexpr int kMaxSuperChunk = 32768;  // sequences up to this length need no lists
 
 enum class Path { kKeepAll, kOneChunk, kChunks, kKeepBest };
 
@@ -99,6 +103,9 @@ void cut_arrays(Arena& arena, SelectProblem& problem, Path path) {
     if (path == Path::kChunks) {
       problem.survivor_bits = arena.take<unsigned>(places);
       problem.survivor_keys = arena.take<int>(places);
+      problem.entrant_bits = arena.take<unsigned>(heads * geometry.total_k());
+      problem.entrant_keys = arena.take<int>(heads * geometry.total_k());
+      problem.num_entrants = arena.take<int>(heads * problem.supers.count(geometry));
     }
   }
   if (path == Path::kKeepBest) return;
@@ -159,7 +166,14 @@ class Queue {
 };
 
 Kernel finish_kernel(int chunk) {
-  return chunk == 32 ? finish_chunks<32> : chunk == 256 ? finish_chunks<256> : finish_chunks<1024>;
+  switch (chunk) {
+    case 32:
+      return finish_chunks<32>;
+    case 256:
+      return finish_chunks<256>;
+    default:
+      return finish_chunks<1024>;
+  }
 }
 
 }  // namespace
@@ -178,12 +192,15 @@ SelectSizes choose_select_sizes(const SelectArgs& args) {
     sizes.chunk = kMaxChunk;
   }
   sizes.super_chunk = kMaxSuperChunk;
-  if (tail != kAll && longest > kMaxSuperChunk) {
-    // One CTA reads keep_window keys of each super-chunk of the prefix: as many as it reads in a super-chunk.
-    while (sizes.super_chunk > 4096 && static_cast<double>(sizes.super_chunk) * sizes.super_chunk / 2 >
-                                           static_cast<double>(longest) * args.keep_window) {
-      sizes.super_chunk /= 2;
-    }
+  if (longest > kMaxSuperChunk) {
+    const double keys = static_cast<double>(longest);
+    const double window = static_cast<double>(args.keep_window);
+    // Merging reads w (N / S)^2 / 2 keys of a head, the boundaries of the first super-chunk S^2 / (2 C).
+    // Before a short tail one CTA reads w keys of each super-chunk: as many as another reads in a
+    // super-chunk.
+    const double best = std::sqrt(keys * (tail == kAll ? std::sqrt(window * sizes.chunk) : window));
+    const std::uint64_t power = std::bit_floor(static_cast<std::uint64_t>(best));
+    sizes.super_chunk = static_cast<int>(std::clamp<std::uint64_t>(power, kMinSuperChunk, kMaxSuperChunk));
   }
   return sizes;
 }

@@ -11,15 +11,18 @@
 namespace flash_dmattn::cuda {
 
 constexpr int kSelectThreads = 1024;
+constexpr int kSelectCtasPerSm = 2;
 constexpr int kSelectWarps = kSelectThreads / 32;
-static_assert(kSelectWarps == 32, "a warp sums over all warps with one number per lane");
+static_assert(kSelectWarps <= 32, "a warp sums over all warps with one number per lane");
 
-// A list of keys, then a range of keys, all in ascending order of their indices. Keys of bits 0 never count.
+// A list of keys, then a second list or a range of neighbouring keys, all in ascending order of their
+// indices. Keys of bits 0 never count.
 struct Candidates {
   const unsigned* list_bits = nullptr;  // [list_size]
   const int* list_keys = nullptr;       // [list_size]
   unsigned list_size = 0;
-  const unsigned* range_bits = nullptr;  // [range_size], from key range_begin on
+  const unsigned* range_bits = nullptr;  // [range_size]
+  const int* range_keys = nullptr;       // [range_size]; null: range_begin, range_begin + 1, ...
   int range_begin = 0;
   unsigned range_size = 0;
 
@@ -28,7 +31,8 @@ struct Candidates {
     return i < list_size ? list_bits[i] : range_bits[i - list_size];
   }
   __device__ int key(unsigned i) const {
-    return i < list_size ? list_keys[i] : range_begin + static_cast<int>(i - list_size);
+    if (i < list_size) return list_keys[i];
+    return range_keys != nullptr ? range_keys[i - list_size] : range_begin + static_cast<int>(i - list_size);
   }
 };
 
@@ -63,6 +67,8 @@ struct Threshold {
   int num_kept = 0;
   bool short_of_keys = false;  // fewer than k are enabled: all of them are kept, and none is a tie
 
+  // No key below it is kept, and no later one below it ever will be.
+  __device__ unsigned lower_bound() const { return short_of_keys ? 1 : max(digits << shift, 1u); }
   __device__ bool above(unsigned bits) const { return bits >> shift > digits; }
   __device__ bool tie(unsigned bits) const { return !short_of_keys && bits >> shift == digits; }
 };
@@ -129,6 +135,28 @@ class BestKeys {
     return lane_index() == 0;
   }
 
+  // Calls keep(position, bits, key) for every key of at least these bits, with positions in ascending order
+  // of the keys, and returns their number.
+  template <typename Keep>
+  __device__ unsigned for_each_from(unsigned least_bits, Keep&& keep) {
+    unsigned count = 0;
+    visit_candidates(candidates_, [&](unsigned, unsigned bits) {
+      count += __popc(__ballot_sync(kFullWarp, bits >= least_bits));
+    });
+    unsigned position = sum_over_earlier_warps(storage_.warp_above, count);
+    const unsigned all =
+        __reduce_add_sync(kFullWarp, lane_index() < kSelectWarps ? storage_.warp_above[lane_index()] : 0u);
+    visit_candidates(candidates_, [&](unsigned first, unsigned bits) {
+      const unsigned mask = __ballot_sync(kFullWarp, bits >= least_bits);
+      if (bits >= least_bits) {
+        keep(position + __popc(mask & lanes_before(lane_index())), bits,
+             candidates_.key(first + lane_index()));
+      }
+      position += __popc(mask);
+    });
+    return all;
+  }
+
   // Calls keep(position, bits, key) for every key kept, with positions in ascending order of the keys.
   template <typename Keep>
   __device__ void for_each_kept(const Threshold& threshold, Keep&& keep) {
@@ -179,18 +207,27 @@ class BestKeys {
   // enabled keys: in the first pass they are those of the bins from 1 on, since the least enabled score is
   // 0x00800000.
   __device__ void find_bin(unsigned rank) {
-    const unsigned bin = 2047 - 2 * threadIdx.x;
-    const unsigned high = storage_.histogram[bin];
-    const unsigned low = storage_.histogram[bin - 1];
-    unsigned before;
-    cub::BlockScan<unsigned, kSelectThreads>(storage_.scan).ExclusiveSum(high + low, before);
-    if (before < rank && rank <= before + high + low) {
-      const bool is_low = rank > before + high;
-      storage_.digit = bin - (is_low ? 1 : 0);
-      storage_.above = before + (is_low ? high : 0);
-      storage_.in_bin = is_low ? low : high;
+    constexpr int kBins = 2048 / kSelectThreads;
+    const unsigned first_bin = 2047 - kBins * threadIdx.x;
+    unsigned counts[kBins];
+    unsigned sum = 0;
+#pragma unroll
+    for (int i = 0; i < kBins; ++i) {
+      counts[i] = storage_.histogram[first_bin - i];
+      sum += counts[i];
     }
-    if (bin == 1) storage_.enabled = before + high;
+    unsigned before;
+    cub::BlockScan<unsigned, kSelectThreads>(storage_.scan).ExclusiveSum(sum, before);
+    if (threadIdx.x == kSelectThreads - 1) storage_.enabled = before + sum - counts[kBins - 1];
+#pragma unroll
+    for (int i = 0; i < kBins; ++i) {
+      if (before < rank && rank <= before + counts[i]) {
+        storage_.digit = first_bin - i;
+        storage_.above = before;
+        storage_.in_bin = counts[i];
+      }
+      before += counts[i];
+    }
     __syncthreads();
   }
 

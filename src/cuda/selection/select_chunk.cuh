@@ -10,52 +10,57 @@
 
 namespace flash_dmattn::cuda {
 
-// Of the new keys: which time (index in the chunk) has which rank. Answers kth in logarithmic time.
+// Of the new keys: which time (number among the new keys of the chunk, in the order of their positions) has
+// which rank. Answers kth in logarithmic time.
 template <int kChunk>
 struct RankTimes {
   static constexpr int kBlocks = kChunk / 32;  // of 32 ranks, and of 32 times
-  static constexpr int kNone = kChunk;
 
-  int time_of_rank[kChunk];  // rank 0 is the best
-  int rank_of_time[kChunk];  // kNone where no new key is
+  int num_blocks;                       // that are in use
+  unsigned short time_of_rank[kChunk];  // rank 0 is the best
+  unsigned short rank_of_time[kChunk];
   unsigned until[kBlocks + 1]
                 [kBlocks];  // [ranks][times]: the ranks of a block whose time is in block `times` or before
   int count_before[kBlocks + 1][kBlocks];  // [ranks][times]: how many ranks of the blocks before are such
   unsigned best[kBlocks][32];              // [times][n]: the times of a block that have its n + 1 best ranks
 
-  // From time_of_rank[0, num_new) and rank_of_time. Ends without a barrier behind the last writes.
+  // From time_of_rank[0, num_new) and rank_of_time[0, num_new). Ends without a barrier behind the last
+  // writes.
   __device__ void build(int num_new) {
     const int warp = warp_index();
     const int lane = lane_index();
-    const int rank = 32 * warp + lane;
-    const int time_block = rank < num_new ? time_of_rank[rank] / 32 : kBlocks;
-    unsigned mine = 0;
-    for (int block = 0; block < kBlocks; ++block) {
-      const unsigned mask = __ballot_sync(kFullWarp, time_block <= block);
-      if (lane == block) mine = mask;
-    }
-    if (lane < kBlocks) until[warp][lane] = mine;
-    if (warp == 0 && lane < kBlocks) until[kBlocks][lane] = 0;
+    const int blocks = (num_new + 31) / 32;
+    const bool in_use = warp < blocks;
+    if (threadIdx.x == 0) num_blocks = blocks;
+    if (in_use) {
+      const int index = 32 * warp + lane;  // a rank, then a time
+      const int time_block = index < num_new ? time_of_rank[index] / 32 : kBlocks;
+      unsigned mine = 0;
+      for (int block = 0; block < blocks; ++block) {
+        const unsigned mask = __ballot_sync(kFullWarp, time_block <= block);
+        if (lane == block) mine = mask;
+      }
+      if (lane < blocks) until[warp][lane] = mine;
+      if (warp == 0 && lane < blocks) until[blocks][lane] = 0;
 
-    const int own_rank = rank_of_time[32 * warp + lane];
-    int order = own_rank == kNone ? 32 : 0;
-    if (__any_sync(kFullWarp, own_rank != kNone)) {
+      const int own_rank = index < num_new ? rank_of_time[index] : kChunk;
+      int order = index < num_new ? 0 : 32;
       for (int other = 0; other < 32; ++other)
         order += __shfl_sync(kFullWarp, own_rank, other) < own_rank ? 1 : 0;
+      for (int n = 0; n < 32; ++n) {
+        const unsigned mask = __ballot_sync(kFullWarp, order <= n);
+        if (lane == n) mine = mask;
+      }
+      best[warp][lane] = mine;
     }
-    for (int n = 0; n < 32; ++n) {
-      const unsigned mask = __ballot_sync(kFullWarp, order <= n);
-      if (lane == n) mine = mask;
-    }
-    best[warp][lane] = mine;
-
     __syncthreads();
-    int sum = lane < kBlocks ? __popc(until[lane][warp]) : 0;
+    if (!in_use) return;
+    int sum = lane < blocks ? __popc(until[lane][warp]) : 0;
     for (int step = 1; step < 32; step *= 2) {
       const int before = __shfl_up_sync(kFullWarp, sum, step);
       if (lane >= step) sum += before;
     }
-    if (lane < kBlocks) count_before[lane + 1][warp] = sum;
+    if (lane < blocks) count_before[lane + 1][warp] = sum;
     if (lane == 0) count_before[0][warp] = 0;
   }
 
@@ -68,7 +73,7 @@ struct RankTimes {
   // The k-th in time, 1 the first, of the `top` best; k <= top.
   __device__ int kth(int top, int k) const {
     int low = 0;
-    int high = kBlocks - 1;
+    int high = num_blocks - 1;
     while (low < high) {
       const int middle = (low + high) / 2;
       if (count(top, middle) >= k) {
@@ -129,8 +134,10 @@ template <int kChunk>
 struct ChunkStorage {
   Rank ranks[2 * kChunk];
   RankTimes<kChunk> times;
+  unsigned short time_of_offset[kChunk];  // of the new key at this place of the chunk
+  unsigned short offset_of_time[kChunk];
+  int warp_new[32];
   typename cub::BlockScan<int, kChunk>::TempStorage scan;
-  int num_candidates;
 };
 
 // Chunk boundaries and what is known at them.
@@ -148,23 +155,26 @@ template <int kChunk>
 __device__ int gather_candidates(const SelectProblem& problem, const Sequence& sequence, int head, int chunk,
                                  const ChunkState& state, Rank rank, ChunkStorage<kChunk>& storage) {
   const int thread = static_cast<int>(threadIdx.x);
-  if (thread == 0) storage.num_candidates = state.num_old;
-  storage.times.rank_of_time[thread] = RankTimes<kChunk>::kNone;
-  __syncthreads();
   const bool is_new = rank > state.threshold_before;
   const unsigned new_mask = __ballot_sync(kFullWarp, is_new);
-  int place = 0;
-  if (lane_index() == 0 && new_mask != 0) place = atomicAdd(&storage.num_candidates, __popc(new_mask));
-  place = __shfl_sync(kFullWarp, place, 0) + __popc(new_mask & lanes_before(lane_index()));
-  if (is_new) storage.ranks[place] = rank;
+  if (lane_index() == 0) storage.warp_new[warp_index()] = __popc(new_mask);
+  __syncthreads();
+  const int counted = lane_index() < kChunk / 32 ? storage.warp_new[lane_index()] : 0;
+  const int num_new = __reduce_add_sync(kFullWarp, counted);
+  const int time = __reduce_add_sync(kFullWarp, lane_index() < warp_index() ? counted : 0) +
+                   __popc(new_mask & lanes_before(lane_index()));
+  if (is_new) {
+    storage.ranks[state.num_old + time] = rank;
+    storage.time_of_offset[thread] = static_cast<unsigned short>(time);
+    storage.offset_of_time[time] = static_cast<unsigned short>(thread);
+  }
   if (thread < state.num_old) {
     const int key = problem.old_of(sequence, head, chunk)[thread];
     // Always so, unless cu_seqlens is nonsense.
     const bool is_old = static_cast<unsigned>(key) < static_cast<unsigned>(state.begin);
     storage.ranks[thread] = is_old ? make_rank(problem.bits_of(sequence, head)[key], key) : 0;
   }
-  __syncthreads();
-  const int candidates = storage.num_candidates;
+  const int candidates = state.num_old + num_new;
   int size = 64;
   while (size < candidates) size *= 2;
   for (int i = candidates + thread; i < size; i += kChunk) storage.ranks[i] = 0;
@@ -183,7 +193,8 @@ __device__ void find_deaths(const ChunkState& state, const ExpiryWriter& writer,
   int time[2];  // negative: an old key, or none
   for (int i = 0; i < 2; ++i) {
     ranks[i] = first + i < candidates ? storage.ranks[first + i] : 0;
-    time[i] = ranks[i] == 0 ? -1 : key_of(ranks[i]) - state.begin;
+    const int offset = ranks[i] == 0 ? -1 : key_of(ranks[i]) - state.begin;
+    time[i] = offset < 0 ? -1 : storage.time_of_offset[offset];
   }
   int better_new[2], num_new;
   cub::BlockScan<int, kChunk>(storage.scan)
@@ -191,8 +202,8 @@ __device__ void find_deaths(const ChunkState& state, const ExpiryWriter& writer,
   better_new[1] = better_new[0] + (time[0] >= 0 ? 1 : 0);
   for (int i = 0; i < 2; ++i) {
     if (time[i] < 0) continue;
-    storage.times.time_of_rank[better_new[i]] = time[i];
-    storage.times.rank_of_time[time[i]] = better_new[i];
+    storage.times.time_of_rank[better_new[i]] = static_cast<unsigned short>(time[i]);
+    storage.times.rank_of_time[time[i]] = static_cast<unsigned short>(better_new[i]);
   }
   __syncthreads();
   storage.times.build(num_new);
@@ -206,7 +217,7 @@ __device__ void find_deaths(const ChunkState& state, const ExpiryWriter& writer,
       continue;
     }
     const int death = max(storage.times.kth(better_new[i], needed), time[i]);
-    writer.dropped(key_of(ranks[i]), state.begin + death);
+    writer.dropped(key_of(ranks[i]), state.begin + storage.offset_of_time[death]);
   }
 }
 

@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(kConvertThreads)
 }
 
 // Copies the keep_window best candidates, in their order, to bits[keep_window] and keys[keep_window].
-__device__ inline void copy_best(BestKeys::Storage& storage, const Candidates& candidates, int keep_window,
-                                 unsigned* bits, int* keys) {
+__device__ inline Threshold copy_best(BestKeys::Storage& storage, const Candidates& candidates,
+                                      int keep_window, unsigned* bits, int* keys) {
   BestKeys best(storage, candidates);
   const Threshold threshold = best.find_threshold(keep_window);
   best.for_each_kept(threshold, [&](unsigned position, unsigned kept_bits, int key) {
@@ -60,11 +60,12 @@ __device__ inline void copy_best(BestKeys::Storage& storage, const Candidates& c
     bits[i] = 0;
     keys[i] = 0;
   }
+  return threshold;
 }
 
 // local_bits and local_keys: the keep_window best keys of each super-chunk that is followed by another
 // boundary. A CTA owns a super-chunk.
-__global__ void __launch_bounds__(kSelectThreads, 2)
+__global__ void __launch_bounds__(kSelectThreads, kSelectCtasPerSm)
     select_in_supers(const __grid_constant__ SelectProblem problem) {
   __shared__ BestKeys::Storage storage;
   const auto [sequence, head, super] = find_piece(problem, problem.supers);
@@ -94,20 +95,52 @@ __device__ inline Candidates best_of_supers(const SelectProblem& problem, const 
   return candidates;
 }
 
-// survivor_bits and survivor_keys where a super-chunk of the tail begins. A CTA owns a super-chunk.
-__global__ void __launch_bounds__(kSelectThreads, 2)
+// survivor_bits and survivor_keys where a super-chunk of the tail begins, and entrant_bits, entrant_keys and
+// num_entrants of the super-chunk: of its keys those that may enter the window at all, since they are not
+// below the least that is kept at its start. Few do in a long sequence whose scores do not grow. A CTA owns a
+// super-chunk.
+__global__ void __launch_bounds__(kSelectThreads, kSelectCtasPerSm)
     merge_supers(const __grid_constant__ SelectProblem problem) {
   __shared__ BestKeys::Storage storage;
   const auto [sequence, head, super] = find_piece(problem, problem.supers);
   const int seqlen = sequence.seqlen_k;
   if (super == 0 || super < problem.cut.prefix_supers(seqlen) || super >= problem.cut.supers(seqlen)) return;
   const std::int64_t list = problem.list_of(sequence, head, super);
-  copy_best(storage, best_of_supers(problem, sequence, head, super), problem.keep_window,
-            problem.survivor_bits + list, problem.survivor_keys + list);
+  const Threshold threshold =
+      copy_best(storage, best_of_supers(problem, sequence, head, super), problem.keep_window,
+                problem.survivor_bits + list, problem.survivor_keys + list);
+  __syncthreads();
+  const int begin = problem.cut.super_begin(seqlen, super);
+  Candidates keys;
+  keys.range_bits = problem.bits_of(sequence, head) + begin;
+  keys.range_begin = begin;
+  keys.range_size = min(problem.cut.super_chunk, seqlen - begin);
+  const std::int64_t first = problem.keys_of(sequence, head) + begin;
+  const unsigned num_entrants =
+      BestKeys(storage, keys)
+          .for_each_from(threshold.lower_bound(), [&](unsigned position, unsigned bits, int key) {
+            problem.entrant_bits[first + position] = bits;
+            problem.entrant_keys[first + position] = key;
+          });
+  if (threadIdx.x == 0) problem.num_entrants[list / problem.keep_window] = static_cast<int>(num_entrants);
+}
+
+// How many of the ascending keys lie before the position. All lanes of a warp call.
+__device__ inline unsigned count_before(const int* keys, unsigned size, int position) {
+  unsigned low = 0;  // the answer lies in [low, low + size]
+  while (size > 0) {
+    const unsigned step = (size + 31) / 32;
+    const unsigned place = (lane_index() + 1) * step - 1;  // the last of the lane's part
+    const bool before = place < size && keys[low + place] < position;
+    const auto parts = static_cast<unsigned>(__popc(__ballot_sync(kFullWarp, before)));
+    low += parts * step;
+    size = min(step - 1, size - min(size, parts * step));
+  }
+  return low;
 }
 
 // Without a tail: expiry of the keys kept at the end. A CTA owns a sequence and head.
-__global__ void __launch_bounds__(kSelectThreads, 2)
+__global__ void __launch_bounds__(kSelectThreads, kSelectCtasPerSm)
     keep_best(const __grid_constant__ SelectProblem problem) {
   __shared__ BestKeys::Storage storage;
   const int head = static_cast<int>(blockIdx.x % problem.geometry.heads_kv);
@@ -130,8 +163,8 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
 }
 
 // thresholds and num_alive; num_old becomes 0. A CTA owns a boundary and reads the survivors at the start of
-// its super-chunk and the keys between them and the boundary.
-__global__ void __launch_bounds__(kSelectThreads, 2)
+// its super-chunk and the entrants between them and the boundary; in the first super-chunk all keys.
+__global__ void __launch_bounds__(kSelectThreads, kSelectCtasPerSm)
     find_thresholds(const __grid_constant__ SelectProblem problem) {
   __shared__ BestKeys::Storage storage;
   const auto [sequence, head, boundary] = find_piece(problem, problem.boundaries);
@@ -158,10 +191,17 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
     candidates.list_bits = problem.survivor_bits + list;
     candidates.list_keys = problem.survivor_keys + list;
     candidates.list_size = problem.keep_window;
+    const std::int64_t first = problem.keys_of(sequence, head) + begin;
+    candidates.range_bits = problem.entrant_bits + first;
+    candidates.range_keys = problem.entrant_keys + first;
+    // Never more than the keys, unless cu_seqlens is nonsense.
+    const int entrants = min(max(problem.num_entrants[list / problem.keep_window], 0), position - begin);
+    candidates.range_size = count_before(candidates.range_keys, entrants, position);
+  } else {
+    candidates.range_bits = problem.bits_of(sequence, head) + begin;
+    candidates.range_begin = begin;
+    candidates.range_size = position - begin;
   }
-  candidates.range_bits = problem.bits_of(sequence, head) + begin;
-  candidates.range_begin = begin;
-  candidates.range_size = position - begin;
 
   BestKeys best(storage, candidates);
   const Threshold threshold = best.find_threshold(problem.keep_window);

@@ -148,6 +148,11 @@ struct SelectProblem {
   int* local_keys = nullptr;
   unsigned* survivor_bits = nullptr;
   int* survivor_keys = nullptr;
+  // [heads][total_k] and [heads][supers]: the keys of each super-chunk, from the place of its first key on,
+  // that may enter the window, ascending, and their number.
+  unsigned* entrant_bits = nullptr;
+  int* entrant_keys = nullptr;
+  int* num_entrants = nullptr;
   // [heads][boundaries]
   Rank* thresholds = nullptr;  // the lowest rank kept; 0 while fewer than keep_window keys are enabled
   int* num_alive = nullptr;    // keys kept
@@ -169,7 +174,11 @@ struct SelectProblem {
     return {data, expiry.stride, seqlen, num_sinks, local_window, max(seqlen - num_queries, 0)};
   }
   __device__ unsigned* bits_of(const Sequence& sequence, int head) const {
-    return bits + head * geometry.total_k() + sequence.begin_k;
+    return bits + keys_of(sequence, head);
+  }
+  // The place of key 0 in bits and entrant_....
+  __device__ std::int64_t keys_of(const Sequence& sequence, int head) const {
+    return head * geometry.total_k() + sequence.begin_k;
   }
   // The first place of a super-chunk in local_... and survivor_....
   __device__ std::int64_t list_of(const Sequence& sequence, int head, int super) const {
