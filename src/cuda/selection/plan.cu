@@ -42,7 +42,9 @@ std::string plan_why_not(const PlanArgs& args, const Target& target) {
 }
 
 std::size_t plan_workspace_bytes(const PlanArgs& args, const Target& /*target*/) {
-  return plan_scratch_bytes(inputs_of(args));
+  Arena arena;
+  arena.take<unsigned char>(plan_scratch_bytes(inputs_of(args)));
+  return arena.bytes();
 }
 
 std::size_t plan_elements(const PlanArgs& args) {
@@ -56,8 +58,10 @@ Status plan(const PlanArgs& args, const Target& target, const Workspace& workspa
   if (guard.status() != cudaSuccess) return device_status("plan", guard.status());
   const PlanInputs inputs = inputs_of(args);
   Arena arena(Workspace{args.plan.data, sizeof(int) * static_cast<std::size_t>(args.plan.shape[0])});
+  Arena scratch(workspace);
   const cudaError_t error =
-      build_plan(inputs, cut_plan(arena, inputs), workspace.data, static_cast<cudaStream_t>(target.stream));
+      build_plan(inputs, cut_plan(arena, inputs), scratch.take<unsigned char>(plan_scratch_bytes(inputs)),
+                 static_cast<cudaStream_t>(target.stream));
   return device_status("plan", error);
 }
 
