@@ -26,12 +26,10 @@ std::int64_t host_segment_length(const PlanInputs& inputs) {
 }
 
 PlanPath choose_path(std::int64_t length, std::int64_t max_old, std::int64_t longest) {
-  // A CTA looks through so many keys faster than another kernel starts, or than it would pay with one
-  // segment.
-  constexpr std::int64_t kMaxScan = 32768;
   constexpr std::int64_t kMaxScanOfOneSegment = 131072;
-  if (length == 0 || max_old > kLongRun) return PlanPath::kPasses;
+  if (length == 0) return longest <= kMaxScan ? PlanPath::kScan : PlanPath::kPasses;
   if (max_old == 0) return longest <= kMaxScanOfOneSegment ? PlanPath::kScan : PlanPath::kPasses;
+  if (max_old > kLongRun) return PlanPath::kPasses;
   return longest <= kMaxScan ? PlanPath::kScan : PlanPath::kGather;
 }
 
@@ -48,9 +46,11 @@ PlanScratch cut_scratch(Arena& arena, const PlanInputs& inputs, const PlanBounds
     scratch.alive = arena.take<int>(chunks);
     scratch.births = arena.take<int>(chunks);
     scratch.cursors = arena.take<int>(chunks);
+  }
+  if (bounds.max_old > bounds.run_length) {
     const auto keys = static_cast<std::size_t>(geometry.heads_kv * geometry.total_k());
-    for (PlanRank*& ranks : scratch.ranks)
-      ranks = arena.take<PlanRank>(bounds.max_old > bounds.run_length ? keys : 0);
+    scratch.ranks[0] = arena.take<PlanRank>(keys);
+    if (bounds.path == PlanPath::kPasses) scratch.ranks[1] = arena.take<PlanRank>(keys);
   }
   return scratch;
 }
@@ -67,8 +67,9 @@ PlanBounds plan_bounds(const PlanInputs& inputs) {
   } else {
     bounds.max_old = inputs.causal && length < longest ? length : 0;
   }
-  bounds.run_length = length >= kLongRun ? kLongRun : kMinSegment;
   bounds.path = choose_path(length, bounds.max_old, longest);
+  const std::int64_t longest_run = bounds.path == PlanPath::kPasses ? length : bounds.max_old;
+  bounds.run_length = longest_run >= kLongRun ? kLongRun : kMinSegment;
   return bounds;
 }
 

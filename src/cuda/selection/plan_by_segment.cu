@@ -10,7 +10,7 @@ namespace flash_dmattn::cuda {
 namespace {
 
 // Items per thread at a time: enough loads in flight, and two CTAs on a multiprocessor.
-constexpr int kScanned = 5;
+constexpr int kScanned = 8;
 constexpr int kBorn = 4;
 static_assert(kBorn * kPlanThreads == kMinSegment);
 
@@ -86,13 +86,66 @@ __device__ int for_each_left(const PlanScratch& scratch, std::int64_t first_id, 
   return before;
 }
 
-// kItems: a list has at most kPlanThreads * kItems old keys.
+// The length of the segments of a sequence of at most kMaxScan keys, which every CTA finds for itself.
+__device__ int scan_for_length(const HeadKeys& keys) {
+  constexpr int kMaxChunks = static_cast<int>(kMaxScan / kMinSegment);
+  __shared__ int alive[kMaxChunks];
+  if (threadIdx.x < kMaxChunks) alive[threadIdx.x] = 0;
+  __syncthreads();
+  const unsigned first = threadIdx.x / 32 * (32 * kBorn) + threadIdx.x % 32;
+  for (unsigned tile = 0; tile < static_cast<unsigned>(keys.seqlen); tile += kPlanThreads * kBorn) {
+    int expiries[kBorn];
+    keys.load_expiries(first + tile, keys.seqlen, expiries);
+    count_boundaries(keys, first + tile, expiries, alive);
+  }
+  __syncthreads();
+  int sum = 0;
+  for (int chunk = 0; chunk <= static_cast<int>(threadIdx.x) && chunk < kMaxChunks; ++chunk)
+    sum += alive[chunk];
+  __syncthreads();
+  if (threadIdx.x < kMaxChunks) alive[threadIdx.x] = sum;
+  __syncthreads();
+  return choose_length(alive, static_cast<int>(ceil_div(keys.seqlen, kMinSegment)));
+}
+
+// Puts the num_old entries of a list in order. ranks: memory for as many, where there may be more than one
+// run of them.
+template <int kItems>
+__device__ void sort_list(const HeadKeys& keys, const PlanList& list, int num_old, PlanRank* ranks) {
+  constexpr int kRun = kPlanThreads * kItems;
+  for (int first = 0; first < num_old; first += kRun) {
+    PlanRank run[kItems];
+    sort_by_rank(keys, list.entries + first, min(num_old - first, kRun), run);
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const int place = first + static_cast<int>(threadIdx.x) * kItems + i;
+      if (place >= num_old) break;
+      if (num_old <= kRun) {
+        list.entries[place] = keys.entry(run[i]);
+      } else {
+        ranks[place] = run[i];
+      }
+    }
+    __syncthreads();
+  }
+  if (num_old <= kRun) return;
+  for (int place = threadIdx.x; place < num_old; place += kPlanThreads) {
+    list.entries[merged_place(ranks, place, 0, num_old, kRun)] = keys.entry(ranks[place]);
+  }
+}
+
 template <int kItems>
 __global__ void __launch_bounds__(kPlanThreads, 2) build_segments(const __grid_constant__ PlanParams params) {
   const PlanTask task = locate_task(params, blockIdx.x, 1);
   if (task.index < 0) return;
-  const int length = params.plan.layout.segment_length;
   const HeadKeys keys(params.inputs, task.sequence, task.head);
+  int length = params.plan.layout.segment_length;
+  if (params.plan.segment_lengths != nullptr) {
+    length = scan_for_length(keys);
+    const std::int64_t lengths = task.head * static_cast<std::int64_t>(params.inputs.geometry.num_sequences);
+    if (task.index == 0 && threadIdx.x == 0)
+      params.plan.segment_lengths[lengths + task.sequence.index] = length;
+  }
   const PlanSegment segment = plan_segment(keys, task.index, length);
   int* const size = params.plan.segment_sizes + task.first_id + task.index;
   if (!segment.listed) {
@@ -104,18 +157,15 @@ __global__ void __launch_bounds__(kPlanThreads, 2) build_segments(const __grid_c
   const auto list_old = [&](int n, int key, int expiry) {
     if (n < length) list.entries[n] = {key, expiry};
   };
-  const int num_old = min(length, params.scratch.leaving == nullptr
-                                      ? for_each_outliving<kScanned>(keys, 0, segment.begin, from, list_old)
-                                      : for_each_left(params.scratch, task.first_id,
-                                                      segment.begin / kMinSegment, from, list_old));
+  const int num_old =
+      min(length,
+          params.scratch.leaving == nullptr
+              ? for_each_outliving<kScanned, true>(keys, 0, segment.begin, from, list_old)
+              : for_each_left(params.scratch, task.first_id, segment.begin / kMinSegment, from, list_old));
   if (num_old > 0) {
-    PlanRank ranks[kItems];
-    sort_by_rank(keys, list.entries, num_old, ranks);
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int place = static_cast<int>(threadIdx.x) * kItems + i;
-      if (place < num_old) list.entries[place] = keys.entry(ranks[i]);
-    }
+    PlanRank* const ranks = params.scratch.ranks[0];
+    sort_list<kItems>(keys, list, num_old,
+                      ranks == nullptr ? nullptr : ranks + first_rank(params, task, segment.index, length));
   }
   const int num_born =
       for_each_outliving<kBorn>(keys, segment.begin, segment.end, from, [&](int n, int key, int expiry) {
@@ -135,7 +185,7 @@ cudaError_t build_by_segment(const PlanParams& params, const PlanBounds& bounds,
     const cudaError_t status = launch(list_leaving, config, params);
     if (status != cudaSuccess) return status;
   }
-  return launch(bounds.max_old <= 4 * kPlanThreads ? build_segments<4> : build_segments<8>, config, params);
+  return launch(bounds.run_length == kLongRun ? build_segments<8> : build_segments<4>, config, params);
 }
 
 }  // namespace flash_dmattn::cuda

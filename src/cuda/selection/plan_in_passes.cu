@@ -26,39 +26,20 @@ __device__ int count_alive(const PlanScratch& scratch, std::int64_t first_id, co
 }
 
 __global__ void __launch_bounds__(kPlanThreads) count_chunks(const __grid_constant__ PlanParams params) {
+  constexpr int kPerLane = kMinSegment / kPlanThreads;
   const Chunk chunk(params, /*length_known=*/false);
   if (!chunk.exists()) return;
-  const HeadKeys& keys = chunk.keys;
-  const PlanScratch& scratch = params.scratch;
-  int* const alive = scratch.alive + chunk.task.first_id;
+  const auto first =
+      static_cast<unsigned>(chunk.begin) + threadIdx.x / 32 * (32 * kPerLane) + threadIdx.x % 32;
+  int expiries[kPerLane];
+  chunk.keys.load_expiries(first, chunk.end(), expiries);
   __shared__ int num_born;
-  __shared__ int num_leaving;  // born in the chunk and alive at the next one's start
-  if (threadIdx.x == 0) num_born = num_leaving = 0;
+  if (threadIdx.x == 0) num_born = 0;
   __syncthreads();
-  const unsigned lane = threadIdx.x % 32;
-  const auto first = static_cast<unsigned>(chunk.begin) + threadIdx.x / 32 * (kMinSegment / kWarps) + lane;
-  int expiries[kMinSegment / kPlanThreads];
-  keys.load_expiries(first, chunk.end(), expiries);
-#pragma unroll
-  for (int i = 0; i < kMinSegment / kPlanThreads; ++i) {
-    const unsigned key = first + 32 * i;
-    const int expiry = expiries[i];
-    const bool born = keys.outlives(key, expiry, keys.first_seen);
-    const int last_chunk = (expiry - 1) / kMinSegment;
-    const bool leaving = born && last_chunk > chunk.task.index;
-    const unsigned born_lanes = __ballot_sync(kAllLanes, born);
-    const unsigned leaving_lanes = __ballot_sync(kAllLanes, leaving);
-    if (lane == 0 && born_lanes != 0) atomicAdd(&num_born, __popc(born_lanes));
-    if (lane == 0 && leaving_lanes != 0) atomicAdd(&num_leaving, __popc(leaving_lanes));
-    const bool ends = leaving && last_chunk < (keys.seqlen - 1) / kMinSegment;
-    const unsigned same = __match_any_sync(kAllLanes, ends ? last_chunk : -1);
-    if (ends && lane + 1 == static_cast<unsigned>(__ffs(same)))
-      atomicAdd(alive + last_chunk + 1, -__popc(same));
-  }
+  const int born = count_boundaries(chunk.keys, first, expiries, params.scratch.alive + chunk.task.first_id);
+  if (threadIdx.x % 32 == 0) atomicAdd(&num_born, born);
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  scratch.births[chunk.task.first_id + chunk.task.index] = num_born;
-  if (num_leaving > 0) atomicAdd(alive + chunk.task.index + 1, num_leaving);
+  if (threadIdx.x == 0) params.scratch.births[chunk.task.first_id + chunk.task.index] = num_born;
 }
 
 // The running sums of alive, of births the sum of all.
@@ -85,23 +66,6 @@ __device__ int sum_chunks(const PlanScratch& scratch, std::int64_t first_id, int
   return born;
 }
 
-// The least length that holds the old keys of every segment. Boundaries before the call's first position do
-// not matter, and need no test: every key counted outlives that position, so the later ones of them have no
-// fewer.
-__device__ int choose_length(const PlanScratch& scratch, std::int64_t first_id, int num_chunks) {
-  __shared__ unsigned too_short;  // bit n: kMinSegment << n is
-  if (threadIdx.x == 0) too_short = 0;
-  __syncthreads();
-  for (int chunk = 1 + static_cast<int>(threadIdx.x); chunk < num_chunks; chunk += kPlanThreads) {
-    const int alive = scratch.alive[first_id + chunk];
-    unsigned bits = 0;
-    for (int n = 0; n < __ffs(chunk); ++n) bits |= alive > kMinSegment << n ? 1u << n : 0;
-    if (bits != 0) atomicOr(&too_short, bits);
-  }
-  __syncthreads();
-  return kMinSegment << (__ffs(~too_short) - 1);
-}
-
 // One CTA per head and sequence.
 __global__ void __launch_bounds__(kPlanThreads) arrange_lists(const __grid_constant__ PlanParams params) {
   const Geometry& geometry = params.inputs.geometry;
@@ -117,7 +81,7 @@ __global__ void __launch_bounds__(kPlanThreads) arrange_lists(const __grid_const
   __syncthreads();
   int length = plan.layout.segment_length;
   if (plan.segment_lengths != nullptr) {
-    length = choose_length(scratch, first_id, num_chunks);
+    length = choose_length(scratch.alive + first_id, num_chunks);
     if (threadIdx.x == 0) {
       plan.segment_lengths[static_cast<std::int64_t>(head) * geometry.num_sequences + sequence.index] =
           length;
@@ -203,7 +167,6 @@ template <int kItems>
 __global__ void __launch_bounds__(kPlanThreads) sort_runs(const __grid_constant__ PlanParams params) {
   constexpr int kRun = kPlanThreads * kItems;
   const Chunk chunk(params);
-  // The old keys of segment n have the ranks' places [(n - 1) * length, n * length).
   if (!chunk.exists() || chunk.begin % kRun != 0) return;
   const PlanSegment segment =
       plan_segment(chunk.keys, static_cast<int>(chunk.begin / chunk.length) + 1, chunk.length);
@@ -221,8 +184,9 @@ __global__ void __launch_bounds__(kPlanThreads) sort_runs(const __grid_constant_
   }
   PlanRank ranks[kItems];
   sort_by_rank(chunk.keys, list.entries + first, count, ranks);
-  PlanRank* const to = params.scratch.ranks[0] + chunk.task.head * params.inputs.geometry.total_k() +
-                       chunk.task.sequence.begin_k + chunk.begin;
+  PlanRank* const to = num_old <= kRun ? nullptr
+                                       : params.scratch.ranks[0] + first +
+                                             first_rank(params, chunk.task, segment.index, chunk.length);
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const int place = static_cast<int>(threadIdx.x) * kItems + i;
@@ -233,20 +197,6 @@ __global__ void __launch_bounds__(kPlanThreads) sort_runs(const __grid_constant_
       to[place] = ranks[i];
     }
   }
-}
-
-// The number of ranks above `rank`, of `count` descending ones.
-__device__ int count_above(const PlanRank* ranks, int count, PlanRank rank) {
-  int low = 0;
-  while (low < count) {
-    const int middle = low + (count - low) / 2;
-    if (ranks[middle] > rank) {
-      low = middle + 1;
-    } else {
-      count = middle;
-    }
-  }
-  return low;
 }
 
 // Takes ranks[round % 2] in runs of run_length, in lists that have more. A key's place is its place in its
@@ -260,23 +210,17 @@ __global__ void __launch_bounds__(kPlanThreads)
   const int num_old = min(count_alive(params.scratch, chunk.task.first_id, segment), chunk.length);
   if (num_old <= run_length) return;
   const std::int64_t merged_length = static_cast<std::int64_t>(run_length) * kMergedRuns;
-  const std::int64_t first_rank = chunk.task.head * params.inputs.geometry.total_k() +
-                                  chunk.task.sequence.begin_k +
-                                  static_cast<std::int64_t>(segment.index - 1) * chunk.length;
-  const PlanRank* const from = params.scratch.ranks[round % 2] + first_rank;
-  PlanRank* const to = params.scratch.ranks[1 - round % 2] + first_rank;
+  const std::int64_t place_of_list = first_rank(params, chunk.task, segment.index, chunk.length);
+  const PlanRank* const from = params.scratch.ranks[round % 2] + place_of_list;
+  PlanRank* const to = params.scratch.ranks[1 - round % 2] + place_of_list;
   const PlanList list(params.plan, chunk.task, segment.index, chunk.length);
   for (int offset = 0; offset < kMinSegment; offset += kPlanThreads) {
     const int place = static_cast<int>(chunk.begin % chunk.length) + offset + static_cast<int>(threadIdx.x);
     if (place >= num_old) break;
     const PlanRank rank = from[place];
-    const int own_run = place / run_length * run_length;
-    const std::int64_t group = place / merged_length * merged_length;
-    std::int64_t merged = group + place - own_run;
-    for (std::int64_t run = group; run < group + merged_length && run < num_old; run += run_length) {
-      if (run != own_run)
-        merged += count_above(from + run, min(run_length, num_old - static_cast<int>(run)), rank);
-    }
+    const std::int64_t begin = place / merged_length * merged_length;
+    const std::int64_t end = begin + merged_length < num_old ? begin + merged_length : num_old;
+    const int merged = merged_place(from, place, static_cast<int>(begin), static_cast<int>(end), run_length);
     if (num_old <= merged_length) {
       list.entries[merged] = chunk.keys.entry(rank);
     } else {

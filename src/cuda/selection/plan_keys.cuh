@@ -47,52 +47,43 @@ class HeadKeys {
                    // last key's
   bool causal;
 
+  // inputs: a kernel parameter, of which the members read later need no register.
   __device__ HeadKeys(const PlanInputs& inputs, const Sequence& sequence, int head)
-      : seqlen(sequence.seqlen_k), causal(inputs.causal), score_dtype_(inputs.score_dtype) {
+      : seqlen(sequence.seqlen_k), causal(inputs.causal), inputs_(inputs), sequence_(sequence), head_(head) {
     first_seen = causal ? max(sequence.first_position(), 0) : seqlen - 1;
     const Geometry& geometry = inputs.geometry;
-    if (inputs.expiry.present()) {
+    if (inputs.expiry.present())
       expiry_ = inputs.expiry.head(geometry, sequence.index, sequence.begin_k, head);
-      expiry_stride_ = inputs.expiry.stride;
-    }
-    if (inputs.bias.present()) {
-      bias_ = inputs.bias.head(geometry, sequence.index, sequence.begin_k, head);
-      bias_stride_ = inputs.bias.stride;
-    }
-    score_ = inputs.score.data;
-    score_stride_ = inputs.score.stride;
-    score_offset_ = (geometry.packed() ? sequence.begin_k * inputs.score.stride
-                                       : sequence.index * inputs.score.batch_stride) +
-                    head * inputs.score.head_stride;
+    if (inputs.bias.present()) bias_ = inputs.bias.head(geometry, sequence.index, sequence.begin_k, head);
   }
 
   __device__ int expiry(unsigned key) const {
-    return expiry_ == nullptr ? seqlen : min(expiry_[key * expiry_stride_], seqlen);
+    return expiry_ == nullptr ? seqlen : min(expiry_[key * inputs_.expiry.stride], seqlen);
   }
   // Of the keys first, first + 32 and so on below `end`; 0, which outlives nothing, from there on.
   template <int kCount>
   __device__ void load_expiries(unsigned first, int end, int (&expiries)[kCount]) const {
-    const int* from = expiry_ == nullptr ? nullptr : expiry_ + first * expiry_stride_;
+    const int* from = expiry_ == nullptr ? nullptr : expiry_ + first * inputs_.expiry.stride;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       expiries[i] = 0;
       if (first + 32 * i < static_cast<unsigned>(end))
         expiries[i] = expiry_ == nullptr ? seqlen : min(*from, seqlen);
-      from += 32 * expiry_stride_;
+      from += 32 * inputs_.expiry.stride;
     }
   }
-  __device__ float bias(unsigned key) const { return bias_[key * bias_stride_]; }
+  __device__ float bias(unsigned key) const { return bias_[key * inputs_.bias.stride]; }
   __device__ int key(unsigned index) const { return static_cast<int>(index); }
 
   // Whether some position from `from` on sees the key.
   __device__ bool outlives(unsigned key, int expiry, int from) const {
-    constexpr unsigned kMinusInfinity = 0xff800000u;
     return expiry > max(static_cast<int>(key), from) &&
            (bias_ == nullptr || __float_as_uint(bias(key)) != kMinusInfinity);
   }
 
   __device__ PlanRank rank(const PlanEntry& entry) const {
-    const unsigned high = score_ == nullptr ? static_cast<unsigned>(entry.expiry) : ordered_score(entry.key);
+    const unsigned high =
+        inputs_.score.present() ? ordered_score(entry.key) : static_cast<unsigned>(entry.expiry);
     return static_cast<PlanRank>(high) << 32 | static_cast<unsigned>(entry.key);
   }
   __device__ PlanEntry entry(PlanRank rank) const {
@@ -103,26 +94,31 @@ class HeadKeys {
  private:
   // An unsigned integer in the order of the scores, -0 equal to +0; 0 for -inf and NaN.
   __device__ unsigned ordered_score(unsigned key) const {
-    const float score = load_score(score_offset_ + key * score_stride_);
+    const float score = load_score(key);
     const unsigned bits = __float_as_uint(score);
-    if (!(score > __uint_as_float(0xff800000u))) return 0;
+    if (!(score > __uint_as_float(kMinusInfinity))) return 0;
     if (score == 0) return 0x80000000u;
     return (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
   }
-  __device__ float load_score(std::int64_t place) const {
-    if (score_dtype_ == DType::kBFloat16) return to_float(static_cast<const BFloat16*>(score_)[place]);
-    if (score_dtype_ == DType::kFloat16) return to_float(static_cast<const Float16*>(score_)[place]);
-    return static_cast<const float*>(score_)[place];
+  __device__ float load_score(unsigned key) const {
+    const VectorTensor<const void>& score = inputs_.score;
+    const std::int64_t first =
+        inputs_.geometry.packed() ? sequence_.begin_k * score.stride : sequence_.index * score.batch_stride;
+    const std::int64_t place = first + head_ * score.head_stride + key * score.stride;
+    if (inputs_.score_dtype == DType::kBFloat16)
+      return to_float(static_cast<const BFloat16*>(score.data)[place]);
+    if (inputs_.score_dtype == DType::kFloat16)
+      return to_float(static_cast<const Float16*>(score.data)[place]);
+    return static_cast<const float*>(score.data)[place];
   }
 
+  static constexpr unsigned kMinusInfinity = 0xff800000u;
+
+  const PlanInputs& inputs_;
+  Sequence sequence_;
+  int head_;
   const int* expiry_ = nullptr;
   const float* bias_ = nullptr;
-  const void* score_ = nullptr;
-  std::int64_t expiry_stride_ = 0;
-  std::int64_t bias_stride_ = 0;
-  std::int64_t score_stride_ = 0;
-  std::int64_t score_offset_ = 0;
-  DType score_dtype_;
 };
 
 // Not causal, the first segment is the whole sequence and the only one.
@@ -166,33 +162,51 @@ struct Chunk {
   __device__ int segment() const { return keys.causal ? static_cast<int>(begin / length) : 0; }
 };
 
+// Where a segment's old keys are in each of PlanScratch::ranks: those of segment n, of which there are at
+// most `length`, have the places of the keys [(n - 1) * length, n * length).
+__device__ inline std::int64_t first_rank(const PlanParams& params, const PlanTask& task, int segment,
+                                          int length) {
+  return task.head * params.inputs.geometry.total_k() + task.sequence.begin_k +
+         (segment - 1) * static_cast<std::int64_t>(length);
+}
+
 // Calls found(n, key, expiry) for the items of [begin, end) that outlive position `from`: n counts them in
 // ascending order. Returns their number. For all threads of the CTA, which looks at kPlanThreads * kPerLane
-// items at a time. Items: HeadKeys, whose items are the keys, or others with the same three functions.
-template <int kPerLane, typename Items, typename Found>
+// items at a time, and with kAhead loads the next ones meanwhile. Items: HeadKeys, whose items are the keys,
+// or others with the same three functions.
+template <int kPerLane, bool kAhead = false, typename Items, typename Found>
 __device__ int for_each_outliving(const Items& items, int begin, int end, int from, Found&& found) {
   constexpr int kWarps = kPlanThreads / 32;
-  __shared__ int warp_counts[kWarps];
+  constexpr unsigned kTile = kPlanThreads * kPerLane;
+  __shared__ int warp_counts[2][kWarps];
   const int warp = threadIdx.x / 32;
   const unsigned lane = threadIdx.x % 32;
+  unsigned first = begin + warp * 32 * kPerLane + lane;
   int total = 0;
-  for (auto tile = static_cast<unsigned>(begin); tile < static_cast<unsigned>(end);
-       tile += kPlanThreads * kPerLane) {
-    const unsigned first = tile + warp * 32 * kPerLane + lane;
+  int next[kPerLane];
+  if (kAhead) items.load_expiries(first, end, next);
+  for (unsigned tile = begin; tile < static_cast<unsigned>(end); tile += kTile, first += kTile) {
     int expiry[kPerLane];
-    items.load_expiries(first, end, expiry);
+    if (kAhead) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) expiry[i] = next[i];
+      items.load_expiries(first + kTile, end, next);
+    } else {
+      items.load_expiries(first, end, expiry);
+    }
     int count = 0;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       if (!items.outlives(first + 32 * i, expiry[i], from)) expiry[i] = 0;
       count += __popc(__ballot_sync(kAllLanes, expiry[i] != 0));
     }
-    if (lane == 0) warp_counts[warp] = count;
+    int* const counts = warp_counts[tile / kTile % 2];
+    if (lane == 0) counts[warp] = count;
     __syncthreads();
     int place = total;
     for (int other = 0; other < kWarps; ++other) {
-      if (other < warp) place += warp_counts[other];
-      total += warp_counts[other];
+      if (other < warp) place += counts[other];
+      total += counts[other];
     }
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
@@ -201,9 +215,49 @@ __device__ int for_each_outliving(const Items& items, int begin, int end, int fr
       if (expiry[i] != 0) found(place + before, items.key(first + 32 * i), expiry[i]);
       place += __popc(lanes);
     }
-    __syncthreads();
   }
+  __syncthreads();
   return total;
+}
+
+// alive[c]: by how many more keys of the plan are alive at the start of chunk c than of the one before it.
+// Adds a warp's keys, each lane's first, first + 32 and so on, of which a chunk has 32 or none. Returns how
+// many are in the plan.
+template <int kCount>
+__device__ int count_boundaries(const HeadKeys& keys, unsigned first, const int (&expiries)[kCount],
+                                int* alive) {
+  const unsigned lane = threadIdx.x % 32;
+  int num_born = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const unsigned key = first + 32 * i;
+    const bool born = keys.outlives(key, expiries[i], keys.first_seen);
+    const int chunk = static_cast<int>(key / kMinSegment);
+    const int last = born ? (expiries[i] - 1) / kMinSegment : chunk;
+    const unsigned leaving = __ballot_sync(kAllLanes, last > chunk);
+    if (lane == 0 && leaving != 0) atomicAdd(alive + chunk + 1, __popc(leaving));
+    const bool ends = last > chunk && last < (keys.seqlen - 1) / kMinSegment;
+    const unsigned same = __match_any_sync(kAllLanes, ends ? last : -1);
+    if (ends && lane + 1 == static_cast<unsigned>(__ffs(same))) atomicAdd(alive + last + 1, -__popc(same));
+    num_born += __popc(__ballot_sync(kAllLanes, born));
+  }
+  return num_born;
+}
+
+// The least length that holds the old keys of every segment, from the numbers of keys alive at the start of
+// each chunk. Boundaries before the call's first position do not matter, and need no test: every key counted
+// outlives that position, so the later ones of them have no fewer.
+__device__ inline int choose_length(const int* alive, int num_chunks) {
+  __shared__ unsigned too_short;  // bit n: kMinSegment << n is
+  if (threadIdx.x == 0) too_short = 0;
+  __syncthreads();
+  for (int chunk = 1 + static_cast<int>(threadIdx.x); chunk < num_chunks; chunk += kPlanThreads) {
+    unsigned bits = 0;
+    for (int n = 0; n < __ffs(chunk); ++n) bits |= alive[chunk] > kMinSegment << n ? 1u << n : 0;
+    if (bits != 0) atomicOr(&too_short, bits);
+  }
+  __syncthreads();
+  return kMinSegment << (__ffs(~too_short) - 1);
 }
 
 }  // namespace flash_dmattn::cuda

@@ -49,21 +49,59 @@ __device__ void sort_by_rank(const HeadKeys& keys, const PlanEntry* entries, int
   Sort(storage).Sort(ranks, HigherFirst{});
 }
 
-// Hulls, cores and biases of the entries [first, last) of a list; first % kBlock == 0.
+// The number of ranks above `rank`, of `count` descending ones.
+__device__ inline int count_above(const PlanRank* ranks, int count, PlanRank rank) {
+  int low = 0;
+  while (low < count) {
+    const int middle = low + (count - low) / 2;
+    if (ranks[middle] > rank) {
+      low = middle + 1;
+    } else {
+      count = middle;
+    }
+  }
+  return low;
+}
+
+// Where ranks[place] belongs when the sorted runs of run_length from `begin` to `end` become one: its place
+// in its own run, and the number of higher ranks in the others.
+__device__ inline int merged_place(const PlanRank* ranks, int place, int begin, int end, int run_length) {
+  const PlanRank rank = ranks[place];
+  const int own_run = begin + (place - begin) / run_length * run_length;
+  int merged = begin + place - own_run;
+  for (int run = begin, left = end - begin; left > 0; run += run_length, left -= run_length) {
+    if (run != own_run) merged += count_above(ranks + run, min(run_length, left), rank);
+  }
+  return merged;
+}
+
+// Hulls, cores and biases of the entries [first, last) of a list; first % kBlock == 0. A warp takes a block
+// at a time, a lane two of its entries.
 __device__ inline void finish_blocks(const PlanList& list, const HeadKeys& keys, const PlanSegment& segment,
                                      int first, int last) {
   constexpr float kLog2E = 1.44269504088896340736f;
   constexpr int kStep = kPlanThreads / 32 * kBlock;
-  const int lane = threadIdx.x % 32;
-  for (std::int64_t begin = first + threadIdx.x / 32 * kBlock; begin < last; begin += kStep) {
+  const unsigned lane = threadIdx.x % 32;
+  for (unsigned begin = first + threadIdx.x / 32 * kBlock; begin < static_cast<unsigned>(last);
+       begin += kStep) {
+    const unsigned places[2] = {begin + lane, begin + lane + 32};
+    PlanEntry entries[2];
     BlockHull hull{INT_MAX, 0, 0, INT_MAX};
-    for (std::int64_t place = begin + lane; place < begin + kBlock && place < last; place += 32) {
-      const PlanEntry entry = list.entries[place];
-      const int birth = max(entry.key, segment.begin);
-      const int death = min(entry.expiry, segment.end);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      entries[i] =
+          list.entries[min(places[i], static_cast<unsigned>(last) - 1)];  // the last one again: harmless
+      const int birth = max(entries[i].key, segment.begin);
+      const int death = min(entries[i].expiry, segment.end);
       hull = {min(hull.begin, birth), max(hull.end, death), max(hull.core_begin, birth),
               min(hull.core_end, death)};
-      if (list.bias != nullptr) list.bias[place] = keys.bias(entry.key) * kLog2E;
+    }
+    if (list.bias != nullptr) {
+      const float biases[2] = {keys.bias(entries[0].key), keys.bias(entries[1].key)};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (places[i] < static_cast<unsigned>(last)) list.bias[places[i]] = biases[i] * kLog2E;
+      }
     }
     hull = {__reduce_min_sync(kAllLanes, hull.begin), __reduce_max_sync(kAllLanes, hull.end),
             __reduce_max_sync(kAllLanes, hull.core_begin), __reduce_min_sync(kAllLanes, hull.core_end)};

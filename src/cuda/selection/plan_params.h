@@ -15,6 +15,8 @@ namespace flash_dmattn::cuda {
 constexpr int kPlanThreads = 512;
 constexpr int kLongRun = 8 * kPlanThreads;  // old keys that one CTA sorts at a time, at most
 constexpr int kMergedRuns = 16;
+// A CTA looks through so many keys in less time than another kernel would save it.
+constexpr std::int64_t kMaxScan = 32768;
 
 // Higher first: the order-preserving bits of the score, or the expiry, above the index of the key. Unique.
 using PlanRank = unsigned long long;
@@ -28,7 +30,7 @@ struct LeavingKeys {
 enum class PlanPath {
   kScan,    // build_by_segment: a segment's CTA looks through all keys before it
   kGather,  // build_by_segment: through those that left their own segment alive, listed first
-  kPasses,  // build_in_passes: for long lists, and where the lists decide how long segments are
+  kPasses,  // build_in_passes: for long lists, and long sequences whose lists decide on the segments
 };
 
 // What the host knows of the lists.
@@ -44,11 +46,12 @@ PlanBounds plan_bounds(const PlanInputs& inputs);
 struct PlanScratch {
   LeavingKeys* leaving = nullptr;  // kGather
   PlanEntry* left = nullptr;       // the keys themselves, kMinSegment places per chunk
-  int* alive = nullptr;     // kPasses: keys alive at the chunk's start; before arrange_lists, how many more
-                            // than a chunk earlier
-  int* births = nullptr;    // keys born in the chunk; after arrange_lists, in the chunks before it
-  int* cursors = nullptr;   // per segment: old keys listed so far
-  PlanRank* ranks[2] = {};  // [heads_kv][total_k]: lists on the way to their order, where one run may not do
+  int* alive = nullptr;    // kPasses: keys alive at the chunk's start; before arrange_lists, how many more
+                           // than a chunk earlier
+  int* births = nullptr;   // keys born in the chunk; after arrange_lists, in the chunks before it
+  int* cursors = nullptr;  // per segment: old keys listed so far
+  PlanRank* ranks[2] =
+      {};  // [heads_kv][total_k]: lists on the way to their order; kScan needs the first alone
 };
 
 struct PlanParams {
