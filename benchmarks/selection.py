@@ -105,10 +105,7 @@ def measure(shape: Shape, kind: str, runs: int, kernels: bool) -> dict[str, obje
         select()
     entry["host_us"] = 1e6 * (time.perf_counter() - start) / HOST_CALLS
     torch.cuda.synchronize()
-    # As many calls in a row, the launches hidden, scores and arrays in L2 where they fit.
-    entry["in_a_row_us"] = (
-        1e6 * timed("cuda", lambda mark: [select() for _ in range(50)] and mark("all"))["all"] / 50
-    )
+    entry["in_a_row_us"] = 1e6 * timed("cuda", work_in_a_row)["select"] / CALLS_IN_A_ROW
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     result = select()
