@@ -30,7 +30,8 @@ emulator_switch_stack:
   popq %r12
   popq %rbx
   popq %rbp
-  ret
+  popq %rcx
+  jmp *%rcx
   .cfi_endproc
 .size emulator_switch_stack, . - emulator_switch_stack
 )");

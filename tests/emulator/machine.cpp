@@ -35,14 +35,14 @@ namespace {
 #if defined(__SANITIZE_ADDRESS__)
 constexpr std::size_t kStackBytes = 1 << 19;
 #else
-constexpr std::size_t kStackBytes = 1 << 17;
+constexpr std::size_t kStackBytes = 1 << 16;
 #endif
 constexpr std::size_t kGuardBytes = 4096;
 constexpr unsigned char kGuard = 0xa5;
 constexpr int kMaxSharedBytes = 232448;
 
 struct Wait {
-  const char* what = nullptr;  // null: runs, or has ended
+  const char* what = nullptr;
   Site site;
 };
 
@@ -55,16 +55,16 @@ struct Copy {
 
 struct Thread {
   Fiber fiber;
-  Wait wait;
   bool ended = false;
   std::vector<Copy> copies;             // not yet done, oldest first
   std::vector<std::size_t> group_ends;  // in copies, of the groups committed
 };
 
-// The lanes of a warp that meet, found by the lowest of them.
+// The lanes of a warp that meet, found by the lowest of them. Where, the first to arrive has said.
 struct Meeting {
   unsigned mask = 0;
   unsigned arrived = 0;
+  Wait wait;
 };
 
 struct Warp {
@@ -90,6 +90,8 @@ struct Machine {
   unsigned ready_warps = 0;
   unsigned running = 0;  // threads of the CTA that have not ended
   unsigned block_arrived = 0;
+  unsigned block_waiting[kMaxThreads / kWarpSize];  // lanes
+  Wait block_wait;
   void* exchange[kMaxThreads];
   std::vector<Storage> storages;  // used since the last barrier
   unsigned char* stacks = nullptr;
@@ -114,9 +116,9 @@ void print_place(unsigned thread) {
                machine.launch.threads);
 }
 
-void print_wait(const Wait& wait, const char* suffix) {
-  std::fprintf(stderr, "%s at %s:%u, in %s%s\n", wait.what, wait.site.file_name(), wait.site.line(),
-               wait.site.function_name(), suffix);
+void print_wait(const Wait& wait) {
+  std::fprintf(stderr, "%s at %s:%u, in %s\n", wait.what, wait.site.file_name(), wait.site.line(),
+               wait.site.function_name());
 }
 
 bool same(const Wait& a, const Wait& b) {
@@ -125,33 +127,50 @@ bool same(const Wait& a, const Wait& b) {
          (files[0] == files[1] || std::strcmp(files[0], files[1]) == 0);
 }
 
+// Null: the thread runs, or has ended.
+const Wait* wait_of(unsigned thread) {
+  const unsigned bit = 1u << thread % kWarpSize;
+  for (const Meeting& meeting : machine.warps[thread / kWarpSize].meetings) {
+    if ((meeting.arrived & bit) != 0) return &meeting.wait;
+  }
+  return (machine.block_waiting[thread / kWarpSize] & bit) != 0 ? &machine.block_wait : nullptr;
+}
+
+bool at_same_place(unsigned a, unsigned b) {
+  const Wait* const waits[] = {wait_of(a), wait_of(b)};
+  if (waits[0] != nullptr && waits[1] != nullptr) return same(*waits[0], *waits[1]);
+  return waits[0] == waits[1] && machine.threads[a].ended == machine.threads[b].ended;
+}
+
 // Where the threads of the CTA are, equal places together.
 [[noreturn]] void stop_with_places(unsigned thread) {
   print_place(thread);
   std::vector<bool> told(machine.launch.threads, false);
   for (unsigned first = 0; first < machine.launch.threads; ++first) {
     if (told[first]) continue;
-    const Thread& one = machine.threads[first];
     unsigned count = 0;
     for (unsigned other = first; other < machine.launch.threads; ++other) {
-      const Thread& another = machine.threads[other];
-      const bool alike =
-          one.ended == another.ended && (one.wait.what == nullptr) == (another.wait.what == nullptr);
-      if (told[other] || !alike || (one.wait.what != nullptr && !same(one.wait, another.wait))) continue;
+      if (told[other] || !at_same_place(first, other)) continue;
       told[other] = true;
       ++count;
     }
     std::fprintf(stderr, "  %u thread%s, the first of them %u: ", count, count == 1 ? "" : "s", first);
-    if (one.ended) {
-      std::fprintf(stderr, "ended\n");
-    } else if (one.wait.what == nullptr) {
-      std::fprintf(stderr, "running\n");
-    } else {
+    if (const Wait* wait = wait_of(first); wait != nullptr) {
       std::fprintf(stderr, "wait in ");
-      print_wait(one.wait, "");
+      print_wait(*wait);
+    } else {
+      std::fprintf(stderr, machine.threads[first].ended ? "ended\n" : "running\n");
     }
   }
   std::abort();
+}
+
+// A thread has arrived at `wait`, and others wait for it elsewhere.
+[[noreturn]] void stop_at_other_place(const char* who, const Wait& wait) {
+  std::fprintf(
+      stderr, "emulator: %s meet in different places, or with different masks; the last of them in\n  ", who);
+  print_wait(wait);
+  stop_with_places(threadIdx.x);
 }
 
 [[noreturn]] void deadlock() {
@@ -314,7 +333,6 @@ void run_cta(unsigned cta) {
   for (unsigned t = 0; t < num_threads; ++t) {
     Thread& thread = machine.threads[t];
     thread.ended = false;
-    thread.wait.what = nullptr;
     thread.copies.clear();
     thread.group_ends.clear();
     // Equal variables of different threads lie in different sets of the cache.
@@ -322,7 +340,8 @@ void run_cta(unsigned cta) {
     prepare(thread.fiber, stack, stack + kStackBytes - t % 64 * 320, thread_main);
     if (t % kWarpSize == 0) {
       Warp& warp = machine.warps[t / kWarpSize];
-      for (Meeting& meeting : warp.meetings) meeting = {};
+      for (Meeting& meeting : warp.meetings) meeting.arrived = 0;
+      machine.block_waiting[t / kWarpSize] = 0;
       warp.ready = 0;
     }
     set_ready(t / kWarpSize, 1u << t % kWarpSize);
@@ -403,23 +422,15 @@ bool arrive_at_warp(unsigned mask, const char* what, const Site& site, void* exc
   if ((mask & bit) == 0)
     fail("%s at line %u: the thread's own lane is not in the mask %08x", what, site.line(), mask);
   Meeting& meeting = warp.meetings[std::countr_zero(mask)];
-  const Wait wait{what, site};
   if (meeting.arrived == 0) {
     meeting.mask = mask;
-  } else {
-    const unsigned other =
-        self / kWarpSize * kWarpSize + static_cast<unsigned>(std::countr_zero(meeting.arrived));
-    if (meeting.mask != mask || !same(machine.threads[other].wait, wait)) {
-      std::fprintf(stderr, "emulator: lanes of a warp meet in different places or with different masks:\n  ");
-      print_wait(wait, "");
-      std::fprintf(stderr, "  mask %08x here, %08x there\n", mask, meeting.mask);
-      stop_with_places(self);
-    }
+    meeting.wait = {what, site};
+  } else if (meeting.mask != mask || !same(meeting.wait, {what, site})) {
+    stop_at_other_place("lanes of a warp", {what, site});
   }
   warp.exchange[self % kWarpSize] = exchange;
   meeting.arrived |= bit;
   if (meeting.arrived == mask) return true;
-  machine.threads[self].wait = wait;
   clear_ready(self);
   yield();
   return false;
@@ -428,28 +439,22 @@ bool arrive_at_warp(unsigned mask, const char* what, const Site& site, void* exc
 void* const* warp_exchange() { return machine.warps[threadIdx.x / kWarpSize].exchange; }
 
 void release_warp(unsigned mask) {
-  const unsigned self = threadIdx.x;
-  machine.warps[self / kWarpSize].meetings[std::countr_zero(mask)].arrived = 0;
-  set_ready(self / kWarpSize, mask);
-  for_lanes(mask, [&](int lane) {
-    machine.threads[self / kWarpSize * kWarpSize + static_cast<unsigned>(lane)].wait.what = nullptr;
-  });
+  const unsigned warp = threadIdx.x / kWarpSize;
+  machine.warps[warp].meetings[std::countr_zero(mask)].arrived = 0;
+  set_ready(warp, mask);
   if (machine.random != 0) yield();
 }
 
 bool arrive_at_block(const char* what, const Site& site, void* exchange) {
   const unsigned self = threadIdx.x;
-  Thread& thread = machine.threads[self];
-  thread.wait = {what, site};
-  machine.exchange[self] = exchange;
-  if (++machine.block_arrived == machine.launch.threads) {
-    for (unsigned t = 0; t < machine.launch.threads; ++t) {
-      if (same(machine.threads[t].wait, thread.wait)) continue;
-      std::fprintf(stderr, "emulator: threads of a CTA meet in different places\n");
-      stop_with_places(self);
-    }
-    return true;
+  if (machine.block_arrived == 0) {
+    machine.block_wait = {what, site};
+  } else if (!same(machine.block_wait, {what, site})) {
+    stop_at_other_place("threads of a CTA", {what, site});
   }
+  machine.exchange[self] = exchange;
+  machine.block_waiting[self / kWarpSize] |= 1u << self % kWarpSize;
+  if (++machine.block_arrived == machine.launch.threads) return true;
   clear_ready(self);
   yield();
   return false;
@@ -459,9 +464,8 @@ void* const* block_exchange() { return machine.exchange; }
 
 void release_block() {
   machine.block_arrived = 0;
-  for (unsigned t = 0; t < machine.launch.threads; ++t) {
-    machine.threads[t].wait.what = nullptr;
-    set_ready(t / kWarpSize, 1u << t % kWarpSize);
+  for (unsigned warp = 0; warp * kWarpSize < machine.launch.threads; ++warp) {
+    set_ready(warp, std::exchange(machine.block_waiting[warp], 0u));
   }
   if (machine.random != 0) yield();
 }
