@@ -336,6 +336,15 @@ def test_long_sequences(kernel, length, num_queries):
         assert_equals_model(kernel, expiry, score, num_queries=num_queries, keep_window=keep_window)
 
 
+def test_more_than_a_million_keys(kernel):
+    length = 1_060_000
+    key = torch.arange(length)
+    expiry = torch.where(key % 1000 == 7, length, key + 900).clamp(max=length).int()[None, None]
+    score = draw("ties", (1, 1, length), 1)
+    for keep_window in (2048, 0):
+        assert_equals_model(kernel, expiry, score, num_queries=5000, keep_window=keep_window)
+
+
 def test_lists_of_many_runs(kernel):
     """More old keys than one sort, and than one round of merging, takes."""
     score = draw("ties", (1, 1, 140_000), 1)
