@@ -216,7 +216,7 @@ __device__ void find_deaths(const ChunkState& state, const ExpiryWriter& writer,
       writer.never_evicted(key_of(ranks[i]));
       continue;
     }
-    const int death = max(storage.times.kth(better_new[i], needed), time[i]);
+    const int death = storage.times.kth(better_new[i], needed);
     writer.dropped(key_of(ranks[i]), state.begin + storage.offset_of_time[death]);
   }
 }

@@ -71,7 +71,7 @@ struct ExpiryWriter {
   }
   __device__ void disabled(int key) const { data[key * stride] = key; }
   __device__ void never_evicted(int key) const { store(key, seqlen); }
-  // Dropped by the ranks at this position; the key's own: never among the best.
+  // Dropped by the ranks at this position; at the key's own or before: never among the best.
   __device__ void dropped(int key, int position) const {
     if (key < num_sinks) return never_evicted(key);
     const int local = local_window < seqlen - key ? key + local_window : seqlen;
