@@ -92,9 +92,9 @@ __device__ int scan_for_length(const HeadKeys& keys) {
   __shared__ int alive[kMaxChunks];
   if (threadIdx.x < kMaxChunks) alive[threadIdx.x] = 0;
   __syncthreads();
-  const unsigned first = threadIdx.x / 32 * (32 * kBorn) + threadIdx.x % 32;
-  for (unsigned tile = 0; tile < static_cast<unsigned>(keys.seqlen); tile += kPlanThreads * kBorn) {
-    int expiries[kBorn];
+  const unsigned first = threadIdx.x / 32 * (32 * kScanned) + threadIdx.x % 32;
+  for (unsigned tile = 0; tile < static_cast<unsigned>(keys.seqlen); tile += kPlanThreads * kScanned) {
+    int expiries[kScanned];
     keys.load_expiries(first + tile, keys.seqlen, expiries);
     count_boundaries(keys, first + tile, expiries, alive);
   }
