@@ -102,8 +102,8 @@ def plan_of_head(
 def waste(
     segments: dict[int, Segment], expiry: np.ndarray, num_queries: int, tile: int = 32
 ) -> tuple[float, float]:
-    """Computed over needed pairs of a causal head without a bias, for tiles of `tile` positions that visit the
-    blocks whose hull they meet; and entries per key."""
+    """Computed over needed pairs of a causal head without a bias, for tiles of `tile` positions that visit
+    the blocks whose hull they meet; and entries per key."""
     seqlen_k = expiry.size
     first_seen = seqlen_k - num_queries
     computed = 0
