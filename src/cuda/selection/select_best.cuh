@@ -75,12 +75,19 @@ struct Threshold {
 
 class BestKeys {
  public:
+  // Once so few candidates agree with the digits known so far, they are put aside, and the rest is not looked
+  // at again.
+  static constexpr unsigned kMaxGathered = 4096;
+
   struct Storage {
     unsigned histogram[2048];
     typename cub::BlockScan<unsigned, kSelectThreads>::TempStorage scan;
     unsigned digit, above, in_bin, enabled;
     unsigned warp_above[kSelectWarps];
     unsigned warp_ties[kSelectWarps];
+    unsigned num_gathered;
+    unsigned gathered_bits[kMaxGathered];
+    unsigned gathered_places[kMaxGathered];
   };
 
   __device__ BestKeys(Storage& storage, const Candidates& candidates)
@@ -108,6 +115,15 @@ class BestKeys {
 
   // The place of the first tie that is kept. Only one thread learns it; the others get false.
   __device__ bool find_lowest(const Threshold& threshold, unsigned& place) {
+    if (gathered_ && storage_.in_bin == 1) {
+      bool found = false;
+      for (unsigned i = threadIdx.x; i < storage_.num_gathered; i += kSelectThreads) {
+        if (!threshold.tie(storage_.gathered_bits[i])) continue;
+        place = storage_.gathered_places[i];
+        found = true;
+      }
+      return found;
+    }
     unsigned ties = 0;
     unsigned first_tie = 0;
     visit_candidates(candidates_, [&](unsigned first, unsigned bits) {
@@ -187,20 +203,51 @@ class BestKeys {
   __device__ void count_digits(const Threshold& threshold, int width) {
     const int shift = threshold.shift - width;
     const unsigned digit_mask = (1u << width) - 1;
+    const bool first_pass = threshold.shift == 32;
+    const bool gathers = !gathered_ && !first_pass && storage_.in_bin <= kMaxGathered;
     for (unsigned bin = threadIdx.x; bin < 2048; bin += kSelectThreads) storage_.histogram[bin] = 0;
+    if (gathers && threadIdx.x == 0) storage_.num_gathered = 0;
     __syncthreads();
-    visit_candidates(candidates_, [&](unsigned, unsigned bits) {
-      const bool counts = threshold.shift == 32 || bits >> threshold.shift == threshold.digits;
-      const unsigned digit = bits >> shift & digit_mask;
-      // Where scores hardly differ, whole warps share a bin; then one lane adds for all.
-      const unsigned first_digit = __shfl_sync(kFullWarp, digit, 0);
-      if (__all_sync(kFullWarp, counts && digit == first_digit)) {
-        if (lane_index() == 0) atomicAdd(&storage_.histogram[digit], 32u);
-      } else if (counts) {
-        atomicAdd(&storage_.histogram[digit], 1u);
+    if (gathered_) {
+      for (unsigned i = threadIdx.x; i < storage_.num_gathered; i += kSelectThreads) {
+        const unsigned bits = storage_.gathered_bits[i];
+        if (bits >> threshold.shift == threshold.digits) {
+          atomicAdd(&storage_.histogram[bits >> shift & digit_mask], 1u);
+        }
       }
-    });
+    } else {
+      visit_candidates(candidates_, [&](unsigned first, unsigned bits) {
+        const bool counts = first_pass || bits >> threshold.shift == threshold.digits;
+        const unsigned mask = __ballot_sync(kFullWarp, counts);
+        if (mask == 0) return;
+        count_digit(bits >> shift & digit_mask, mask);
+        if (gathers) gather(first, bits, mask);
+      });
+    }
+    gathered_ = gathered_ || gathers;
     __syncthreads();
+  }
+
+  // Counts the digits of the lanes in the mask. Where scores hardly differ, whole warps share a bin; then one
+  // lane adds for all.
+  __device__ void count_digit(unsigned digit, unsigned mask) {
+    const unsigned first_digit = __shfl_sync(kFullWarp, digit, 0);
+    if (__all_sync(kFullWarp, mask == kFullWarp && digit == first_digit)) {
+      if (lane_index() == 0) atomicAdd(&storage_.histogram[digit], 32u);
+    } else if ((mask >> lane_index() & 1) != 0) {
+      atomicAdd(&storage_.histogram[digit], 1u);
+    }
+  }
+
+  __device__ void gather(unsigned first, unsigned bits, unsigned mask) {
+    const int leader = __ffs(mask) - 1;
+    unsigned place = 0;
+    if (lane_index() == leader) place = atomicAdd(&storage_.num_gathered, __popc(mask));
+    place = __shfl_sync(kFullWarp, place, leader) + __popc(mask & lanes_before(lane_index()));
+    if ((mask >> lane_index() & 1) != 0 && place < kMaxGathered) {
+      storage_.gathered_bits[place] = bits;
+      storage_.gathered_places[place] = first + lane_index();
+    }
   }
 
   // The bin that holds the key of this rank, counted from the highest digit, 1 the first. Also counts the
@@ -239,6 +286,7 @@ class BestKeys {
 
   Storage& storage_;
   const Candidates candidates_;
+  bool gathered_ = false;
 };
 
 }  // namespace flash_dmattn::cuda
