@@ -28,11 +28,12 @@ TEST_SOURCES := $(shell find tests/cpp tests/emulator examples/cpp -type f)
 CONFIGURE = cmake -S . -G Ninja -DFLASH_DMATTN_BUILD_TESTING=ON -DFLASH_DMATTN_CUDA=OFF \
   -DPython_EXECUTABLE=$(abspath $(PY))
 
-.PHONY: help demo test test-cpp test-sanitize test-python test-gpu sanitize-gpu bench bench-cpp build clean distclean
+.PHONY: help demo test test-cpp test-sanitize test-python test-emulated test-gpu \
+  sanitize-gpu bench bench-cpp build clean distclean
 help:
 	@echo "make demo           train a small language model on real text and draw what it learned (demo_out/)"
-	@echo "make test           every test: C++, C++ under ASan and UBSan, Python"
-	@echo "make test-cpp, test-sanitize, test-python   one of the three"
+	@echo "make test           every test: C++, C++ under ASan and UBSan, Python, CUDA kernels on the CPU"
+	@echo "make test-cpp, test-sanitize, test-python, test-emulated   one of the four"
 	@echo "make test-gpu       what judges kernels, on a GPU; the report goes to tests/gpu/results/gpu.json"
 	@echo "make sanitize-gpu   every CUDA kernel under compute-sanitizer, on a GPU"
 	@echo "make bench          benchmarks beside PyTorch's attention; ARGS=... goes to benchmarks/run.py"
@@ -44,7 +45,7 @@ help:
 demo: $(BUILD)/package.stamp
 	$(PY) examples/demo/train.py $(ARGS)
 
-test: test-cpp test-sanitize test-python
+test: test-cpp test-sanitize test-python test-emulated
 
 # The counts of what ran are printed by the tests themselves, hence -V.
 test-cpp: $(BUILD)/cpp.stamp
@@ -55,6 +56,11 @@ test-sanitize: $(BUILD)/sanitize.stamp
 
 test-python: $(BUILD)/package.stamp $(BUILD)/cpp.stamp
 	FLASH_DMATTN_BUGS_LIBRARY=$(abspath $(BUILD))/cpp/libflash_dmattn_torch_bugs.so $(PY) -m pytest $(ARGS)
+
+# The CUDA kernels, run by the emulator.
+test-emulated: $(BUILD)/package.stamp $(BUILD)/cpp.stamp
+	FLASH_DMATTN_EMULATED_LIBRARY=$(abspath $(BUILD))/cpp/libflash_dmattn_torch_emulated.so \
+	  $(PY) -m pytest --kernel cuda-emulated --no-bug-library $(ARGS)
 
 test-gpu: $(BUILD)/package.stamp
 	PYTHON=$(PY) scripts/test_gpu.sh $(ARGS)
