@@ -146,9 +146,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise SystemExit("needs a CUDA device")
-    print(
-        "shape               keys heads      w rows scores  |      us (p10, p90) limit | in a row | host us | MB"
-    )
+    columns = "shape               keys heads      w  rows scores  |      us (p10, p90) limit"
+    print(f"{columns} | in a row | host us | MB")
     results = []
     for shape in SHAPES:
         for kind in options.scores or SCORES if not options.shape or shape.name in options.shape else ():
