@@ -143,7 +143,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   // Q, and the entries and K of the first tile of keys.
   place_rows<kTileM, kThreads>(shared.places, tile.num_heads, tile.num_rows);
   if (more) load_entries<kTileN, kThreads>(shared.slots[0], visits.list, keys, sequence.seqlen_k);
-  cp_async_commit();
   __syncthreads();
   const Element* query = params.query.head(geometry, sequence.index, sequence.begin_q, tile.first_head) +
                          tile.first_row * params.query.row_stride;
@@ -155,6 +154,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
                                              place.head * params.query.head_stride);
       },
       [&](int m) { return shared.places[m].row >= 0; });
+  cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
   if (more) gather_rows<kHeadDim>(key_tile, copy, key, key_bytes, shared.slots[0], keys.count);
