@@ -39,7 +39,7 @@ hypothesis.settings.register_profile(
     print_blob=True,
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
-hypothesis.settings.register_profile("emulated", hypothesis.settings.get_profile("ci"), max_examples=25)
+hypothesis.settings.register_profile("emulated", hypothesis.settings.get_profile("ci"), max_examples=15)
 hypothesis.settings.load_profile("ci")
 
 

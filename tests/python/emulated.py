@@ -1,4 +1,5 @@
-"""The CUDA kernels, run on the CPU by tests/emulator: the operators of flash_dmattn_emulated take CPU tensors."""
+"""The CUDA kernels, run on the CPU by tests/emulator: the operators of flash_dmattn_emulated take CPU
+tensors."""
 
 import functools
 import os

@@ -1,5 +1,5 @@
-"""Which cases of the suite a kernel is tested on, if not all: a case of a type that it does not take is drawn in
-one that it takes, and what would take it too long is left out."""
+"""Which cases of the suite a kernel is tested on, if not all: a case of a type that it does not take is drawn
+in one that it takes, and what would take it too long is left out."""
 
 import dataclasses
 
@@ -8,22 +8,26 @@ import pytest
 from cases import DTYPES, Case
 from probe import LARGEST_WINDOW, Probe
 
-# The suites that judge a kernel's operators. The others go through the public functions, whatever the kernel.
+# The suites that judge a kernel's operators. The others go through the public functions, whatever the
+# kernel.
 SUITES = (
     "test_attention test_bitwise test_concurrency test_errors test_fuzz test_layouts test_non_finite test_plan "
     "test_poison test_probe test_properties test_reductions test_selection"
 ).split()
-# Of these, what an emulated kernel is not run on: what goes through the public functions, what no CUDA kernel
-# survives, what would take minutes.
+# Of these, what an emulated kernel is not run on: what goes through the public functions, what concerns no
+# CUDA kernel, what would take minutes.
 NOT_EMULATED = {
     "test_backward_on_another_thread_than_forward",
     "test_dataloader_workers",
     "test_every_subset_of_requires_grad",
     "test_identities_on_a_long_sequence",
     "test_identities_on_a_million_tokens",
+    "test_large_numbers_in_uninitialised_memory",
+    "test_numbers_of_threads",
     "test_the_gradient_of_a_sum_is_expanded",
 }
-OF_SCORES = ("test_plan", "test_selection")  # their types are those of scores: float32 is always taken
+# Their types are those of scores: float32 is always taken.
+OF_SCORES = ("test_plan", "test_selection")
 INSTEAD = {"f32": "bf16", "f64": "f16"}
 LARGEST_HEAD_DIM = 256  # of kernels that take no float32
 
@@ -58,10 +62,12 @@ def fit(case, kernel):
 
 
 def narrow(definition, module: str, kernels) -> None:
-    """Rewrites the parametrize marks of a test function of `module` for the kernels that it will be run on."""
+    """Rewrites the parametrize marks of a test function for the kernels that it will be run on."""
     if module not in SUITES:
         return
-    dtypes = {dtype for kernel in kernels for dtype in kernel.dtypes} | ({"f32"} if module in OF_SCORES else set())
+    dtypes = {dtype for kernel in kernels for dtype in kernel.dtypes}
+    if module in OF_SCORES:
+        dtypes.add("f32")
     dtypes.update(getattr(definition.module, "ALSO_TAKEN", ()))
     largest_work = max(getattr(kernel, "largest_work", float("inf")) for kernel in kernels)
     for index, mark in enumerate(definition.own_markers):
@@ -75,6 +81,8 @@ def narrow(definition, module: str, kernels) -> None:
             new = fitted(plain, dtypes, largest_work)
             if new is None or any(new == known for known, _ in narrowed):
                 continue
-            narrowed.append((new, identity and identity.replace(getattr(plain, "id", ""), getattr(new, "id", ""))))
+            if identity and new != plain:
+                identity = identity.replace(plain.id, new.id)
+            narrowed.append((new, identity))
         params = [pytest.param(new, id=identity) if identity else new for new, identity in narrowed]
         definition.own_markers[index] = pytest.mark.parametrize(name, params, **mark.kwargs).mark

@@ -6,8 +6,8 @@ tiers.py:
 
     variance = h^2 * matrix + h_subnormal^2 * subnormal + (u_o / 2)^2 * output + h_logit^2 * logit + exact
 
-h is half the unit roundoff of P and dS where they enter a matrix product, h_subnormal half the largest error of
-rounding a float16 subnormal, for those so small that they become one; u_o that of the stored output, from
+h is half the unit roundoff of P and dS where they enter a matrix product, h_subnormal half the largest error
+of rounding a float16 subnormal, for those so small that they become one; u_o that of the stored output, from
 which the backward takes delta; h_logit that of the float32 logits, for dbias, whose terms are summed before
 dS is rounded; `exact` is the float32 arithmetic of dP and delta. Rows are taken in chunks: memory stays
 bounded by CHUNK elements a matrix. The selection is the heap's (ranking.py), never a kernel's.
