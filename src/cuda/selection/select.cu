@@ -171,6 +171,8 @@ Kernel finish_kernel(int chunk) {
       return finish_chunks<32>;
     case 256:
       return finish_chunks<256>;
+    case 512:
+      return finish_chunks<512>;
     default:
       return finish_chunks<1024>;
   }
@@ -183,11 +185,15 @@ SelectSizes choose_select_sizes(const SelectArgs& args) {
   const std::int64_t longest = geometry.seqlen_k;
   const int tail = tail_rows(args);
   const std::int64_t rows = tail == kAll ? geometry.total_k() : std::int64_t{tail} * geometry.num_sequences;
+  // Short chunks give short calls a CTA for every SM, long ones spare boundaries.
+  const std::int64_t keys_of_heads = rows * geometry.heads_kv;
   SelectSizes sizes;
   if (longest <= 32) {
     sizes.chunk = 32;
-  } else if (longest <= 256 || (longest > kMaxChunk && rows * geometry.heads_kv <= 128 * kMaxChunk)) {
-    sizes.chunk = 256;  // of short calls, to have a CTA for every SM
+  } else if (longest <= 256 || (longest > kMaxChunk && keys_of_heads <= 64 * kMaxChunk)) {
+    sizes.chunk = 256;
+  } else if (longest > kMaxChunk && keys_of_heads <= 128 * kMaxChunk) {
+    sizes.chunk = 512;
   } else {
     sizes.chunk = kMaxChunk;
   }

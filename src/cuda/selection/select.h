@@ -21,7 +21,7 @@ namespace flash_dmattn::cuda {
 
 // The pieces that the kernels cut sequences into. They change no result.
 struct SelectSizes {
-  int chunk = 0;        // 32, 256 or 1024
+  int chunk = 0;        // 32, 256, 512 or 1024
   int super_chunk = 0;  // a multiple of chunk; raised where keep_window needs it
 };
 

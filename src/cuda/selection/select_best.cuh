@@ -58,6 +58,30 @@ __device__ __forceinline__ void visit_candidates(const Candidates& candidates, V
   }
 }
 
+// Visits the candidates in any order: visit(place, bits) with bits 0 beyond the end. All lanes of a warp take
+// part.
+template <typename Visit>
+__device__ __forceinline__ void visit_in_any_order(const Candidates& candidates, Visit&& visit) {
+  constexpr unsigned kUnroll = 4;
+  const auto visit_array = [&](const unsigned* array, unsigned size, unsigned first_place) {
+    for (unsigned first = 0; first < size; first += kSelectThreads * kUnroll) {
+      unsigned bits[kUnroll];
+#pragma unroll
+      for (unsigned u = 0; u < kUnroll; ++u) {
+        const unsigned i = first + u * kSelectThreads + threadIdx.x;
+        bits[u] = i < size ? array[i] : 0;
+      }
+#pragma unroll
+      for (unsigned u = 0; u < kUnroll; ++u) {
+        if (first + u * kSelectThreads >= size) break;
+        visit(first_place + first + u * kSelectThreads + threadIdx.x, bits[u]);
+      }
+    }
+  };
+  visit_array(candidates.list_bits, candidates.list_size, 0);
+  visit_array(candidates.range_bits, candidates.range_size, candidates.list_size);
+}
+
 // The lowest score kept, as far as it is known: keys with bits >> shift above `digits` are kept, of those
 // equal to it, the ties, all but the first `dropped_ties`.
 struct Threshold {
@@ -215,38 +239,42 @@ class BestKeys {
           atomicAdd(&storage_.histogram[bits >> shift & digit_mask], 1u);
         }
       }
+    } else if (gathers) {
+      visit_in_any_order(candidates_, [&](unsigned place, unsigned bits) {
+        const bool counts = bits >> threshold.shift == threshold.digits;
+        if (counts) atomicAdd(&storage_.histogram[bits >> shift & digit_mask], 1u);
+        gather(place, bits, counts);
+      });
     } else {
-      visit_candidates(candidates_, [&](unsigned first, unsigned bits) {
+      visit_in_any_order(candidates_, [&](unsigned, unsigned bits) {
         const bool counts = first_pass || bits >> threshold.shift == threshold.digits;
-        const unsigned mask = __ballot_sync(kFullWarp, counts);
-        if (mask == 0) return;
-        count_digit(bits >> shift & digit_mask, mask);
-        if (gathers) gather(first, bits, mask);
+        count_digit(bits >> shift & digit_mask, counts);
       });
     }
     gathered_ = gathered_ || gathers;
     __syncthreads();
   }
 
-  // Counts the digits of the lanes in the mask. Where scores hardly differ, whole warps share a bin; then one
-  // lane adds for all.
-  __device__ void count_digit(unsigned digit, unsigned mask) {
+  // Where scores hardly differ, whole warps share a bin; then one lane adds for all.
+  __device__ void count_digit(unsigned digit, bool counts) {
     const unsigned first_digit = __shfl_sync(kFullWarp, digit, 0);
-    if (__all_sync(kFullWarp, mask == kFullWarp && digit == first_digit)) {
+    if (__all_sync(kFullWarp, counts && digit == first_digit)) {
       if (lane_index() == 0) atomicAdd(&storage_.histogram[digit], 32u);
-    } else if ((mask >> lane_index() & 1) != 0) {
+    } else if (counts) {
       atomicAdd(&storage_.histogram[digit], 1u);
     }
   }
 
-  __device__ void gather(unsigned first, unsigned bits, unsigned mask) {
+  __device__ void gather(unsigned place, unsigned bits, bool gathers) {
+    const unsigned mask = __ballot_sync(kFullWarp, gathers);
+    if (mask == 0) return;
     const int leader = __ffs(mask) - 1;
-    unsigned place = 0;
-    if (lane_index() == leader) place = atomicAdd(&storage_.num_gathered, __popc(mask));
-    place = __shfl_sync(kFullWarp, place, leader) + __popc(mask & lanes_before(lane_index()));
-    if ((mask >> lane_index() & 1) != 0 && place < kMaxGathered) {
-      storage_.gathered_bits[place] = bits;
-      storage_.gathered_places[place] = first + lane_index();
+    unsigned index = 0;
+    if (lane_index() == leader) index = atomicAdd(&storage_.num_gathered, __popc(mask));
+    index = __shfl_sync(kFullWarp, index, leader) + __popc(mask & lanes_before(lane_index()));
+    if (gathers && index < kMaxGathered) {
+      storage_.gathered_bits[index] = bits;
+      storage_.gathered_places[index] = place;
     }
   }
 
