@@ -20,9 +20,11 @@ NOT_EMULATED = {
     "test_backward_on_another_thread_than_forward",
     "test_dataloader_workers",
     "test_every_subset_of_requires_grad",
+    "test_few_rows_of_a_long_sequence",
     "test_identities_on_a_long_sequence",
     "test_identities_on_a_million_tokens",
     "test_large_numbers_in_uninitialised_memory",
+    "test_more_heads_than_a_grid_has_rows",
     "test_numbers_of_threads",
     "test_the_gradient_of_a_sum_is_expanded",
 }
