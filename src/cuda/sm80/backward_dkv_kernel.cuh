@@ -45,6 +45,13 @@ struct KeyGradConfig {
   };
 };
 
+// Of P where it is rounded to 16 bits for dV: among thousands of keys most probabilities would be subnormal
+// in float16. A power of two, which changes nothing else.
+template <typename Element>
+constexpr float kProbabilityScale = 1;
+template <>
+inline constexpr float kProbabilityScale<Float16> = 4096;
+
 // The block of a CTA and the rows that see some key of it.
 struct KeyGradItem {
   Sequence sequence;
@@ -224,7 +231,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     }
     if (params.dv.present()) {
       std::uint32_t fragments[1][kNTiles / 2][4];
-      round_to_fragments<Element>(fragments, p);
+      round_to_fragments<Element>(fragments, p, kProbabilityScale<Element>);
       multiply_ab<Element, kHeadDim>(dv, fragments, dout_tile, first_chunk);
     }
     if (need_ds) {
@@ -258,6 +265,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   }
   cp_async_wait<0>();
   __syncthreads();  // K and V are no longer read
+  if (kProbabilityScale<Element> != 1) {
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) dv[0][n][e] *= 1 / kProbabilityScale<Element>;
+    }
+  }
 
   // Rows of keys that live in other segments too go to the partials, the rest through shared memory to dk and
   // dv.

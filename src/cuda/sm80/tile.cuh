@@ -77,18 +77,19 @@ __device__ __forceinline__ void multiply_ab(float (&acc)[kMTiles][kNTiles][4],
   }
 }
 
-// An accumulator rounded to Element, as the A operand of the next product.
+// An accumulator times `scale`, rounded to Element, as the A operand of the next product.
 template <typename Element, int kMTiles, int kNTiles>
 __device__ __forceinline__ void round_to_fragments(std::uint32_t (&a)[kMTiles][kNTiles / 2][4],
-                                                   const float (&acc)[kMTiles][kNTiles][4]) {
+                                                   const float (&acc)[kMTiles][kNTiles][4], float scale = 1) {
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
     for (int k = 0; k < kNTiles / 2; ++k) {
-      a[m][k][0] = pack<Element>(acc[m][2 * k][0], acc[m][2 * k][1]);
-      a[m][k][1] = pack<Element>(acc[m][2 * k][2], acc[m][2 * k][3]);
-      a[m][k][2] = pack<Element>(acc[m][2 * k + 1][0], acc[m][2 * k + 1][1]);
-      a[m][k][3] = pack<Element>(acc[m][2 * k + 1][2], acc[m][2 * k + 1][3]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float(&pair)[4] = acc[m][2 * k + i / 2];
+        a[m][k][i] = pack<Element>(pair[i % 2 * 2] * scale, pair[i % 2 * 2 + 1] * scale);
+      }
     }
   }
 }
