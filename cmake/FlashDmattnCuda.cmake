@@ -19,6 +19,13 @@ if(FLASH_DMATTN_CUDA STREQUAL "ON" OR CMAKE_CUDA_COMPILER)
   enable_language(CUDA)
   if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL minimum_cuda)
     set(FLASH_DMATTN_HAS_CUDA ON)
+    set(CMAKE_CUDA_STANDARD 20)
+    set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+    set(CMAKE_CUDA_EXTENSIONS OFF)
+    if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake < 3.26 does not know the compiler's
+      set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+      set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
+    endif()
     find_package(CUDAToolkit REQUIRED)
   elseif(FLASH_DMATTN_CUDA STREQUAL "ON")
     message(FATAL_ERROR "The CUDA kernels need CUDA >= ${minimum_cuda}, got ${CMAKE_CUDA_COMPILER_VERSION} "
@@ -56,7 +63,7 @@ list(JOIN code_names ", " code_names)
 message(STATUS "CUDA kernels: ${code_names}, by CUDA ${CMAKE_CUDA_COMPILER_VERSION}")
 
 # -fno-gnu-unique: no symbol of the library may merge with one of another library of the process.
-set(cuda_options ${code_options} -std=c++20 -lineinfo -Xcompiler=-Wall,-Wextra,-fno-gnu-unique)
+set(cuda_options ${code_options} -lineinfo -Xcompiler=-Wall,-Wextra,-fno-gnu-unique)
 if(FLASH_DMATTN_WERROR)
   list(APPEND cuda_options -Werror=all-warnings)
 endif()
