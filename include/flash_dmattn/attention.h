@@ -1,12 +1,13 @@
 // Dynamic-mask attention: every query attends to the keep_window keys of highest score before it, exactly.
 //
-// clang-format off
-//   select    scores -> expiry, the whole mask as one int32 per key: key j is visible to the positions [j, expiry_j)
-//   plan      expiry -> the key lists that the CUDA kernels read (forward and backward make their own where none is
-//             given)
-//   forward   query, key, value, bias, expiry -> out, lse
-//   backward  the gradients of query, key, value and bias
-// clang-format on
+//   select: scores to expiry, the whole mask as one int32 per key: key j is visible to [j, expiry_j).
+//
+//   plan: expiry to the key lists that the CUDA kernels read. Forward and backward make their own if given
+//   none.
+//
+//   forward: query, key, value, bias, expiry to out and lse.
+//
+//   backward: the gradients of query, key, value and bias.
 //
 // The definition of every result, with the proof that one integer per key is enough, is docs/math.md.
 //
@@ -40,21 +41,23 @@
 namespace flash_dmattn {
 
 struct SelectArgs {
-  TensorView score{};  // [B, Hkv, Sk], packed [total_k, Hkv]; float64, float32, bfloat16 or float16.
-                       // -inf and NaN disable a key: it is visible to nobody and takes no place in the window
+  // [B, Hkv, Sk], packed [total_k, Hkv]; float64 (not on CUDA), float32, bfloat16 or float16. -inf and NaN
+  // disable a key: it is visible to nobody and takes no place in the window.
+  TensorView score{};
   TensorView cu_seqlens{};  // int32 [sequences + 1], present for packed sequences only
-  TensorView
-      expiry{};  // out, int32, shaped like score: the first position that no longer sees the key. Equal to
-                 // the key's own position: never visible; Sk: never evicted. Not causal: Sk if selected
+  // Out, int32, shaped like score: the first position that no longer sees the key. Equal to the key's own
+  // position: never visible; Sk: never evicted. Not causal: Sk if selected.
+  TensorView expiry{};
   std::int64_t keep_window = 0;  // keys kept per query, >= 1; of equal scores the later key ranks higher
   bool causal = true;
-  std::int64_t num_sinks =
-      0;  // the first num_sinks keys, unless disabled, stay visible for ever, on top of the window
-  std::int64_t local_window = 0;  // every key, unless disabled, is visible to this many positions at least,
-                                  // itself included, on top of the window; causal only
-  std::int64_t num_queries = -1;  // the rows that will read expiry, the last ones; -1: all. Keys that none of
-                                  // them sees get their own position, which spares most of the work when
-                                  // there are few. Causal, not packed
+  // The first num_sinks keys, unless disabled, stay visible for ever, on top of the window.
+  std::int64_t num_sinks = 0;
+  // Every key, unless disabled, is visible to this many positions at least, itself included, on top of the
+  // window; causal only.
+  std::int64_t local_window = 0;
+  // The rows that will read expiry, the last ones; -1: all. Keys that none of them sees get their own
+  // position, which spares most of the work when there are few. Causal, not packed.
+  std::int64_t num_queries = -1;
 };
 
 // The key lists that the CUDA kernels read; docs/plan.md describes them. Forward and backward of one call may
@@ -72,20 +75,25 @@ struct PlanArgs {
 };
 
 struct ForwardArgs {
-  TensorView query{};   // [B, Sq, H, D], packed [total_q, H, D]
-  TensorView key{};     // [B, Sk, Hkv, D], packed [total_k, Hkv, D]
-  TensorView value{};   // like key
-  TensorView bias{};    // optional, added to the logits: [B, Hkv, Sk], packed [total_k, Hkv]. -inf disables a
-                        // key: it is visible to nobody, and its key and value may hold anything
-  TensorView expiry{};  // optional, int32, shaped like bias: from select, or the caller's own. Absent: every
-                        // key (before the query, if causal) is visible. Any value is safe
-  TensorView score{};   // optional: the scores that expiry was selected by, shaped like it, and
-  std::int64_t keep_window =
-      0;              // the window of that selection; 0: expiry is the caller's own. They change no result
-                      // but its last bits: CUDA kernels read keys in the order of their scores, which keeps
-                      // a row's bits independent of later tokens, or else of their expiry. CPU kernels
-                      // read them in the order of their positions and look at neither
-  TensorView plan{};  // optional, int32 [n]: what plan made of the same arguments; only CUDA kernels take one
+  TensorView query{};  // [B, Sq, H, D], packed [total_q, H, D]
+  TensorView key{};    // [B, Sk, Hkv, D], packed [total_k, Hkv, D]
+  TensorView value{};  // like key
+
+  // Optional, added to the logits: [B, Hkv, Sk], packed [total_k, Hkv]. -inf disables a key: it is visible to
+  // nobody, and its key and value may hold anything.
+  TensorView bias{};
+  // Optional, int32, shaped like bias: from select, or the caller's own. Absent: every key (before the query,
+  // if causal) is visible. Any value is safe.
+  TensorView expiry{};
+  // Optional: the scores that expiry was selected by, shaped like it, and the window of that selection; 0:
+  // expiry is the caller's own. They change a result in its last bits alone: CUDA kernels read keys in the
+  // order of their scores, which keeps a row's bits independent of later tokens, or else of their expiry. CPU
+  // kernels read them in the order of their positions and look at neither.
+  TensorView score{};
+  std::int64_t keep_window = 0;
+  // Optional, int32 [n]: what plan made of the same arguments. Only CUDA kernels take one.
+  TensorView plan{};
+
   TensorView cu_seqlens_q{};  // int32 [sequences + 1], present for packed sequences only
   TensorView cu_seqlens_k{};  // likewise
   TensorView out{};           // out, like query; 0 for a row that sees no key
@@ -96,10 +104,11 @@ struct ForwardArgs {
 };
 
 struct BackwardArgs {
-  TensorView query{}, key{}, value{}, bias{}, expiry{},
-      score{};  // as in ForwardArgs, like the next two lines
+  // As in ForwardArgs.
+  TensorView query{}, key{}, value{}, bias{}, expiry{}, score{};
   std::int64_t keep_window = 0;
   TensorView plan{}, cu_seqlens_q{}, cu_seqlens_k{};
+
   TensorView out{}, lse{};               // what forward returned; lse is needed here
   TensorView dout{};                     // like out
   TensorView dlse{};                     // optional, like lse
@@ -134,7 +143,7 @@ std::string why_unsupported(const BackwardArgs& args, const Target& target);
 std::string explain(const ForwardArgs& args, const Target& target);
 std::string explain(const BackwardArgs& args, const Target& target);
 
-// "1.2.3", and what this build runs on: "cpu (AVX2)".
+// "1.2.3", and what this build runs on: "cpu (AVX2); cuda (sm_80, PTX)".
 const char* version();
 std::string describe_build();
 
