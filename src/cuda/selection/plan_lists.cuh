@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cub/block/block_merge_sort.cuh>
 
+#include "cuda/common/log2.h"
 #include "cuda/selection/plan_keys.cuh"
 
 namespace flash_dmattn::cuda {
@@ -79,7 +80,6 @@ __device__ inline int merged_place(const PlanRank* ranks, int place, int begin, 
 // at a time, a lane two of its entries.
 __device__ inline void finish_blocks(const PlanList& list, const HeadKeys& keys, const PlanSegment& segment,
                                      int first, int last) {
-  constexpr float kLog2E = 1.44269504088896340736f;
   constexpr int kStep = kPlanThreads / 32 * kBlock;
   const unsigned lane = threadIdx.x % 32;
   for (unsigned begin = first + threadIdx.x / 32 * kBlock; begin < static_cast<unsigned>(last);
@@ -100,7 +100,8 @@ __device__ inline void finish_blocks(const PlanList& list, const HeadKeys& keys,
       const float biases[2] = {keys.bias(entries[0].key), keys.bias(entries[1].key)};
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        if (places[i] < static_cast<unsigned>(last)) list.bias[places[i]] = biases[i] * kLog2E;
+        if (places[i] < static_cast<unsigned>(last))
+          list.bias[places[i]] = biases[i] * static_cast<float>(kLog2E);
       }
     }
     hull = {__reduce_min_sync(kAllLanes, hull.begin), __reduce_max_sync(kAllLanes, hull.end),

@@ -6,6 +6,7 @@
 
 #include "cuda/common/arguments.h"
 #include "cuda/common/launch.h"
+#include "cuda/common/log2.h"
 #include "cuda/sm80/backward_dkv_kernel.cuh"
 #include "cuda/sm80/backward_dq_kernel.cuh"
 #include "cuda/sm80/instances.h"
@@ -62,7 +63,7 @@ BackwardParams<Element> make_params(const BackwardArgs& args, const PlanView& pl
       .num_heads = geometry.heads_kv,
       .head_dim = static_cast<int>(args.query.shape[args.query.rank - 1]),
       .scale = static_cast<float>(args.scale),
-      .scale_log2 = static_cast<float>(args.scale * 1.44269504088896341),
+      .scale_log2 = static_cast<float>(args.scale * kLog2E),
       .causal = args.causal,
   };
 }

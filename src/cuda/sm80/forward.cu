@@ -1,5 +1,6 @@
 #include "cuda/common/arguments.h"
 #include "cuda/common/launch.h"
+#include "cuda/common/log2.h"
 #include "cuda/sm80/forward_kernel.cuh"
 #include "cuda/sm80/instances.h"
 #include "cuda/sm80/kernels.h"
@@ -23,7 +24,7 @@ cudaError_t run(const ForwardArgs& args, const PlanView& plan, cudaStream_t stre
       .out = rows_tensor<Element>(args.out),
       .lse = query_tensor<float>(args.lse),
       .head_dim = static_cast<int>(args.query.shape[args.query.rank - 1]),
-      .scale_log2 = static_cast<float>(args.scale * 1.44269504088896341),
+      .scale_log2 = static_cast<float>(args.scale * kLog2E),
       .causal = args.causal,
   };
   return launch(forward_kernel<Config>,

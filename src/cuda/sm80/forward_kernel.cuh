@@ -13,6 +13,7 @@
 
 #include <cmath>
 
+#include "cuda/common/log2.h"
 #include "cuda/sm80/logits.cuh"
 #include "cuda/sm80/params.h"
 #include "cuda/sm80/tile.cuh"
@@ -228,7 +229,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
       if (params.lse.present() && lane % 4 == 0 && place.row >= 0) {
         float* lse =
             params.lse.head(geometry, sequence.index, sequence.begin_q, tile.first_head + place.head);
-        constexpr float kLn2 = 0.693147180559945309f;
         lse[(tile.first_row + place.row) * params.lse.stride] =
             sum == 0 ? -INFINITY : (softmax.max[m][i] + log2f(sum)) * kLn2;
       }

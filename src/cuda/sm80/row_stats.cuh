@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda/common/log2.h"
 #include "cuda/common/ptx.cuh"
 #include "cuda/sm80/params.h"
 
@@ -49,8 +50,8 @@ __global__ void __launch_bounds__(kStatsThreads)
   if (!valid || lane != 0) return;
   if (params.dlse.present()) delta -= params.dlse.head(geometry, batch, 0, head)[row * params.dlse.stride];
   const float lse = params.lse.head(geometry, batch, 0, head)[row * params.lse.stride];
-  constexpr float kLog2E = 1.44269504088896341f;
-  params.stats[head * geometry.total_q() + place] = {lse == -INFINITY ? INFINITY : lse * kLog2E, delta};
+  params.stats[head * geometry.total_q() + place] = {
+      lse == -INFINITY ? INFINITY : lse * static_cast<float>(kLog2E), delta};
 }
 
 }  // namespace flash_dmattn::cuda::sm80
