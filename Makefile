@@ -60,7 +60,7 @@ test-python: $(BUILD)/package.stamp $(BUILD)/cpp.stamp
 # The CUDA kernels, run by the emulator.
 test-emulated: $(BUILD)/package.stamp $(BUILD)/cpp.stamp
 	FLASH_DMATTN_EMULATED_LIBRARY=$(abspath $(BUILD))/cpp/libflash_dmattn_torch_emulated.so \
-	  $(PY) -m pytest --kernel cuda-emulated --no-bug-library $(ARGS)
+	  $(PY) -m pytest tests/python --kernel cuda-emulated --no-bug-library $(ARGS)
 
 test-gpu: $(BUILD)/package.stamp
 	PYTHON=$(PY) scripts/test_gpu.sh $(ARGS)
