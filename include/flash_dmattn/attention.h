@@ -17,8 +17,8 @@
 // owns the rows [cu_seqlens[s], cu_seqlens[s + 1]), selects on its own, and counts positions from its own
 // start.
 //
-// query, key, value, out and their gradients share one type: float64, float32, bfloat16 or float16. Bias, lse
-// and their gradients are float32, or float64 where the query is float64. Arithmetic is in that type.
+// query, key, value, out and their gradients share one type: float64, float32, bfloat16 or float16. Key-only
+// bias, lse and their gradients are float32, or float64 where the query is float64. Arithmetic is in that type.
 //
 // The library allocates nothing (but the message of an error), owns no thread and keeps no state between
 // calls: any number of threads may call it at the same time. The same input gives the same bits, whatever the
@@ -79,9 +79,13 @@ struct ForwardArgs {
   TensorView key{};    // [B, Sk, Hkv, D], packed [total_k, Hkv, D]
   TensorView value{};  // like key
 
-  // Optional, added to the logits: [B, Hkv, Sk], packed [total_k, Hkv]. -inf disables a key: it is visible to
-  // nobody, and its key and value may hold anything.
+  // Optional, added to the logits. Key-only: [B, Hkv, Sk], packed [total_k, Hkv]. Dense (not packed): [B or 1,
+  // 1 or Hkv or H, Sq or 1, Sk], of any floating type. -inf hides: a key-only one hides its key from everybody,
+  // a dense one from its row. The key and value of a key that no row sees may hold anything.
   TensorView bias{};
+  // Optional, bool, with the dense shapes of bias: true where a row sees a key, provided that everything else
+  // (causality, expiry, bias) lets it.
+  TensorView mask{};
   // Optional, int32, shaped like bias: from select, or the caller's own. Absent: every key (before the query,
   // if causal) is visible. Any value is safe.
   TensorView expiry{};
@@ -105,14 +109,16 @@ struct ForwardArgs {
 
 struct BackwardArgs {
   // As in ForwardArgs.
-  TensorView query{}, key{}, value{}, bias{}, expiry{}, score{};
+  TensorView query{}, key{}, value{}, bias{}, mask{}, expiry{}, score{};
   std::int64_t keep_window = 0;
   TensorView plan{}, cu_seqlens_q{}, cu_seqlens_k{};
 
   TensorView out{}, lse{};               // what forward returned; lse is needed here
   TensorView dout{};                     // like out
   TensorView dlse{};                     // optional, like lse
-  TensorView dq{}, dk{}, dv{}, dbias{};  // out, like query, key, value, bias; an absent one is not computed
+  // Out, like query, key, value, bias, summed over the axes along which a dense bias has size 1; an absent one
+  // is not computed.
+  TensorView dq{}, dk{}, dv{}, dbias{};
   double scale = 0;
   bool causal = true;
 };

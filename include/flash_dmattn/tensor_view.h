@@ -7,7 +7,8 @@
 
 namespace flash_dmattn {
 
-enum class DType : std::uint8_t { kFloat64, kFloat32, kFloat16, kBFloat16, kInt32 };
+// kBool: one byte, 0 is false and all else true.
+enum class DType : std::uint8_t { kFloat64, kFloat32, kFloat16, kBFloat16, kInt32, kBool };
 
 inline constexpr int kMaxRank = 4;
 

@@ -17,6 +17,8 @@ constexpr std::size_t dtype_size(DType dtype) {
     case DType::kFloat16:
     case DType::kBFloat16:
       return 2;
+    case DType::kBool:
+      return 1;
   }
   return 1;
 }
@@ -33,6 +35,8 @@ constexpr const char* dtype_name(DType dtype) {
       return "bfloat16";
     case DType::kInt32:
       return "int32";
+    case DType::kBool:
+      return "bool";
   }
   return "of no known type";
 }
