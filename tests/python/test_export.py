@@ -18,7 +18,7 @@ from counters import count
 from kernels import bit_for_bit
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "aoti"
-OPERATORS = ["flash_dmattn.select.default", "flash_dmattn.forward.default"]
+SELECT, FORWARD = "flash_dmattn.select.default", "flash_dmattn.forward.default"
 HIDDEN_SIZE, HEAD_DIM = 32, 8
 either_mode = pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 
@@ -40,10 +40,10 @@ def operators(program):
     return [target for target in targets if target.startswith("flash_dmattn.")]
 
 
-def export_and_compare(module, examples, dynamic_shapes, strict):
+def export_and_compare(module, examples, dynamic_shapes, strict, expected=(SELECT, FORWARD)):
     """Exports with the first of the examples. For all of them the program gives the module's bits."""
     program = torch.export.export(module, examples[0], dynamic_shapes=dynamic_shapes, strict=strict)
-    assert operators(program) == OPERATORS
+    assert operators(program) == [*expected]
     exported = program.module()
     for arguments in examples:
         assert bit_for_bit(exported(*arguments), module(*arguments))
@@ -116,6 +116,26 @@ def test_keep_window(kernel, strict):
     )
     examples = [arguments(*sizes) for sizes in ((2, 20, 33), (3, 1, 50), (1, 9, 9))]
     export_and_compare(Attention(), examples, dynamic_shapes, strict)
+
+
+@either_mode
+def test_mask_and_bias_per_query(kernel, strict):
+    class Attention(torch.nn.Module):
+        def forward(self, query, key, value, mask, bias):
+            return flash_dmattn_func(query, key, value, mask, bias, is_causal=True)
+
+    parameter = make_layer(kernel).A
+
+    def arguments(batch, seqlen):
+        query, key, value = (like(parameter, batch, seqlen, heads, HEAD_DIM) for heads in (4, 2, 2))
+        mask = torch.rand(batch, 2, seqlen, seqlen, device=kernel.device) < 0.5
+        return query, key, value, mask, like(parameter, 1, 4, seqlen, seqlen)
+
+    batch, seqlen = Dim("batch"), Dim("seqlen")
+    rows = {0: batch, 1: seqlen}
+    dynamic_shapes = (rows, rows, rows, {0: batch, 2: seqlen, 3: seqlen}, {2: seqlen, 3: seqlen})
+    examples = [arguments(*sizes) for sizes in ((2, 20), (3, 33), (1, 9))]
+    export_and_compare(Attention(), examples, dynamic_shapes, strict, expected=[FORWARD])
 
 
 def test_gradients_of_an_exported_layer(kernel):
