@@ -4,7 +4,7 @@
 //
 //   run_layer libflash_dmattn_torch.so layer.pt2 cases.pt
 
-#include <ATen/Tensor.h>
+#include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
