@@ -1,7 +1,6 @@
 """Dense masks and biases, as code for Flash-DMA has them, and the same attention from one score per key.
 
-    python examples/dense_quickstart.py             the library chooses the backend
-    python examples/dense_quickstart.py reference   one of get_available_backends()
+Takes the name of a backend, one of get_available_backends(); without it the library chooses.
 """
 
 import argparse
