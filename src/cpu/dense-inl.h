@@ -44,6 +44,7 @@ class DenseKeys {
   // The next keys that some row sees: their entries, places and addends begin the arrays of the scratch. At
   // most kTileN; 0 when there are no more.
   int next() {
+    if (tile_.group == 0) return 0;
     for (int n = taken_; n < pending_; ++n) move_key<true>(n, n - taken_);
     pending_ -= taken_;
     while (pending_ < kTileN) {
