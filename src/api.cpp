@@ -33,6 +33,8 @@ constexpr std::array kSelectKernels = {
 };
 constexpr std::array kForwardKernels = {
 #if FLASH_DMATTN_CUDA
+    Kernel<ForwardArgs>{"sm80 decode", DeviceType::kCuda, cuda::decode_why_not, cuda::decode_workspace_bytes,
+                        cuda::decode},
     Kernel<ForwardArgs>{"sm80", DeviceType::kCuda, cuda::forward_why_not, cuda::forward_workspace_bytes,
                         cuda::forward},
 #endif
