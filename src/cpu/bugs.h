@@ -36,6 +36,7 @@ enum class Bug : int {
   kSegmentCountedTwice,
   kEmptyRowNotZero,
   kLowPrecisionDq,
+  kSplitLost,
 };
 
 inline constexpr const char* kBugNames[] = {
@@ -61,6 +62,7 @@ inline constexpr const char* kBugNames[] = {
     "the first key of a segment is counted twice in dk and dv",
     "a row without keys returns ones",
     "dq is accumulated in bfloat16",
+    "decode loses the last split of the keys",
 };
 
 inline constexpr bool kBugHooks = FLASH_DMATTN_BUG_HOOKS != 0;
