@@ -132,17 +132,25 @@ void start_task(const DecodeProblem& problem, const DecodeTask<T>& task, const D
   }
 }
 
+// Asks for the keys and values of the entries [begin, begin + count), as far as there are any.
+template <class T>
+HWY_INLINE void prefetch(const DecodeTask<T>& task, const DecodeScratch<T>& scratch, std::size_t head_dim,
+                         int begin, int count, int num_keys) {
+  for (int n = begin; n < HWY_MIN(begin + count, num_keys); ++n) {
+    prefetch_row(task.key, scratch.entries[n].key, head_dim);
+    prefetch_row(task.value, scratch.entries[n].key, head_dim);
+  }
+}
+
 // Calls take(n, rows) for every quad of the block, with `rows` the quad's rows of `from`, keys or values;
-// rows after the last key are 0. Those of quads to come are asked for.
+// rows after the last key are 0.
 template <class T, class Take>
 HWY_INLINE void for_each_quad(const Rows& from, const DecodeShape& shape, const DecodeScratch<T>& scratch,
                               int num_keys, const Take& take) {
-  constexpr int kAhead = 2 * kQuad;
   const bool in_place = holds<T>(from) && shape.head_dim % kLanes<T> == 0;
   for (int n = 0; n < num_keys; n += kQuad) {
     const T* rows[kQuad];
     for (int m = 0; m < kQuad; ++m) {
-      if (n + m + kAhead < num_keys) prefetch_row(from, scratch.entries[n + m + kAhead].key, shape.head_dim);
       T* copy = scratch.quad + m * shape.head_dim_padded;
       if (n + m >= num_keys) {
         rows[m] = scratch.zeros;
@@ -219,16 +227,19 @@ HWY_INLINE void for_each_pair(std::int64_t num_rows, const Take& take) {
   if (r < num_rows) take.template operator()<1>(r);
 }
 
+// How far the scores of a row are worked on: whole quads.
+inline int padded_keys(int num_keys) { return static_cast<int>(round_up(num_keys, kQuad)); }
+
 // Products to logits in units of log 2, for one row; -inf for keys that it does not see and after the last.
 template <class T>
 void scale_and_mask(const DecodeScratch<T>& scratch, T scale_log2, std::int64_t position, bool masked,
                     int num_keys, T* HWY_RESTRICT scores) {
   constexpr Tag<T> d;
   const Vec<T> minus_infinity = hn::Set(d, kMinusInfinity<T>);
-  for (int n = 0; n < num_keys; n += kLanes<T>) {
+  for (int n = 0; n < padded_keys(num_keys); n += kLanes<T>) {
     const Vec<T> logit =
         hn::MulAdd(hn::Load(d, scores + n), hn::Set(d, scale_log2), hn::Load(d, scratch.bias + n));
-    const auto valid = hn::FirstN(d, static_cast<std::size_t>(num_keys - n));
+    const auto valid = hn::FirstN(d, static_cast<std::size_t>(HWY_MAX(num_keys - n, 0)));
     hn::Store(hn::IfThenElse(valid, logit, minus_infinity), d, scores + n);
   }
   if (!masked) return;
@@ -246,7 +257,8 @@ void softmax_row(T* HWY_RESTRICT scores, int num_keys, std::size_t stride, Softm
                  T* HWY_RESTRICT sums) {
   constexpr Tag<T> d;
   Vec<T> largest = hn::Set(d, state.max);
-  for (int n = 0; n < num_keys; n += kLanes<T>) largest = hn::Max(largest, hn::Load(d, scores + n));
+  for (int n = 0; n < padded_keys(num_keys); n += kLanes<T>)
+    largest = hn::Max(largest, hn::Load(d, scores + n));
   const T new_max = hn::GetLane(hn::MaxOfLanes(d, largest));
   if (new_max != state.max) {
     const T rescale = injected(Bug::kNoRescale) ? T(1) : rescale_factor(state.max, new_max);
@@ -258,7 +270,7 @@ void softmax_row(T* HWY_RESTRICT scores, int num_keys, std::size_t stride, Softm
   }
   const Vec<T> shift = hn::Set(d, new_max == kMinusInfinity<T> ? T(0) : new_max);
   Vec<T> sum = hn::Zero(d);
-  for (int n = 0; n < num_keys; n += kLanes<T>) {
+  for (int n = 0; n < padded_keys(num_keys); n += kLanes<T>) {
     Vec<T> weight = exp2_nonpositive<T>(hn::Sub(hn::Load(d, scores + n), shift));
     if (injected(Bug::kLowPrecisionWeights)) weight = round_to_bfloat16<T>(weight);
     hn::Store(weight, d, scores + n);
@@ -284,8 +296,10 @@ void decode_split(const DecodeProblem& problem, std::int64_t index, int worker) 
   SplitKeys<T> keys(problem, expiry, bias, task.split);
   bool masked = false;
   while (const int num_keys = keys.next(scratch.entries, &masked)) {
+    prefetch(task, scratch, shape.head_dim, 0, kPrefetchKeys, num_keys);
     gather_bias(bias, scratch.entries, num_keys, scratch.bias);
     for_each_quad(task.key, shape, scratch, num_keys, [&](int n, const T* const(&rows)[kQuad]) {
+      prefetch(task, scratch, shape.head_dim, n + kPrefetchKeys, kQuad, num_keys);
       for_each_pair(task.num_rows, [&]<int kRows>(std::int64_t r) {
         multiply_quad<kRows>(rows, scratch.query + r * stride, stride, shape.head_dim,
                              scratch.scores + r * kBlockKeys + n);

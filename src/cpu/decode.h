@@ -23,6 +23,7 @@ inline constexpr std::int64_t kSplitKeys = 4096;
 inline constexpr std::int64_t kRowTile = 64;  // rows that share what a task reads: they stay in the L2 cache
 inline constexpr int kBlockKeys = 64;         // keys between two looks at the running maximum
 inline constexpr int kQuad = 4;               // keys that are multiplied with a pair of rows at a time
+inline constexpr int kPrefetchKeys = 8;       // keys that are asked for ahead of the quad at work
 static_assert(kBlockKeys % kPanel == 0 && kBlockKeys % kQuad == 0);
 
 // Row r of a key/value head is head r % group of its group, query r / group.
