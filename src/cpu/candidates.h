@@ -25,9 +25,9 @@ namespace flash_dmattn::cpu {
 inline constexpr std::int64_t kSampleCell = 128;
 inline constexpr std::int64_t kCollectKeys = 8192;  // keys of a task
 
-// Of w / kSampleCell keys that belong into the sample of an iid head, plus or minus the square root of that:
-// a threshold this many places down is reached by w keys but once in a billion calls, and the memory is for
-// twenty times as many places more than the keys that reach it vary by.
+// Of the w best keys of an iid head about w / kSampleCell are in the sample, give or take the square root of
+// that. A threshold six such roots further down is missed by the w best about once in a billion calls; there
+// is room for ten standard deviations more keys than reach it.
 struct CandidateShape {
   std::int64_t num_keys;
   std::int64_t sample_size;

@@ -25,6 +25,7 @@
 #include "core/parallel.h"
 #include "cpu/backend.h"
 #include "cpu/bugs.h"
+#include "cpu/decode-inl.h"
 #include "cpu/decode.h"
 #include "cpu/tile-inl.h"
 
@@ -163,68 +164,6 @@ HWY_INLINE void for_each_quad(const Rows& from, const DecodeShape& shape, const 
     }
     take(n, rows);
   }
-}
-
-// scores[r][0 .. kQuad) = query[r] . keys, r < kRows
-template <int kRows, class T>
-HWY_INLINE void multiply_quad(const T* const (&keys)[kQuad], const T* HWY_RESTRICT query, std::size_t stride,
-                              std::size_t head_dim, T* HWY_RESTRICT scores) {
-  constexpr Tag<T> d;
-  Vec<T> acc[kRows][kQuad];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int m = 0; m < kQuad; ++m) acc[r][m] = hn::Zero(d);
-  }
-  for (std::size_t i = 0; i < head_dim; i += kLanes<T>) {
-    Vec<T> key[kQuad];
-#pragma GCC unroll 8
-    for (int m = 0; m < kQuad; ++m) key[m] = hn::LoadU(d, keys[m] + i);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const Vec<T> x = hn::Load(d, query + r * stride + i);
-#pragma GCC unroll 8
-      for (int m = 0; m < kQuad; ++m) acc[r][m] = hn::MulAdd(x, key[m], acc[r][m]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int m = 0; m < kQuad; ++m) scores[r * kBlockKeys + m] = hn::GetLane(hn::SumOfLanes(d, acc[r][m]));
-  }
-}
-
-// sums[r] += weights[r][0 .. kQuad) * values, key after key, r < kRows
-template <int kRows, class T>
-HWY_INLINE void accumulate_quad(const T* const (&values)[kQuad], const T* HWY_RESTRICT weights,
-                                std::size_t stride, std::size_t head_dim, T* HWY_RESTRICT sums) {
-  constexpr Tag<T> d;
-  Vec<T> weight[kRows][kQuad];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int m = 0; m < kQuad; ++m) weight[r][m] = hn::Set(d, weights[r * kBlockKeys + m]);
-  }
-  for (std::size_t i = 0; i < head_dim; i += kLanes<T>) {
-    Vec<T> value[kQuad];
-#pragma GCC unroll 8
-    for (int m = 0; m < kQuad; ++m) value[m] = hn::LoadU(d, values[m] + i);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      Vec<T> sum = hn::Load(d, sums + r * stride + i);
-#pragma GCC unroll 8
-      for (int m = 0; m < kQuad; ++m) sum = hn::MulAdd(weight[r][m], value[m], sum);
-      hn::Store(sum, d, sums + r * stride + i);
-    }
-  }
-}
-
-// Calls take.template operator()<n>(r) for rows r, n of them at a time.
-template <class Take>
-HWY_INLINE void for_each_pair(std::int64_t num_rows, const Take& take) {
-  std::int64_t r = 0;
-  for (; r + 2 <= num_rows; r += 2) take.template operator()<2>(r);
-  if (r < num_rows) take.template operator()<1>(r);
 }
 
 // How far the scores of a row are worked on: whole quads.
