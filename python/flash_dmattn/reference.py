@@ -123,7 +123,7 @@ def attention(
     compute_dtype = torch.promote_types(query.dtype, torch.float32)
 
     def by_group(dense: Tensor) -> Tensor:  # [B, 1 | Hkv | H, Sq, Sk] -> [B, 1 | Hkv, 1 | group, Sq, Sk]
-        per_query_head = dense.shape[1] == heads_q and group > 1
+        per_query_head = dense.shape[1] == heads_q and group != 1
         return dense.unflatten(1, (heads_kv, group)) if per_query_head else dense.unsqueeze(2)
 
     everywhere = torch.full((1, 1, seqlen_k), seqlen_k, device=query.device)
@@ -133,6 +133,7 @@ def attention(
     if bias is not None:
         sees = sees & (bias != -math.inf)[:, :, None, None]
     if dense_bias is not None:
+        dense_bias = dense_bias.to(compute_dtype)
         sees = sees & by_group(dense_bias != -math.inf)
     sees = sees.expand(query.shape[0], heads_kv, group, seqlen_q, seqlen_k)
 
@@ -147,7 +148,7 @@ def attention(
         if bias is not None:
             logits = logits + bias.to(compute_dtype)[:, :, None, None]
         if dense_bias is not None:
-            logits = logits + by_group(dense_bias.to(compute_dtype))
+            logits = logits + by_group(dense_bias)
         logits = logits.masked_fill(~sees, -math.inf)
 
         # Softmax shifted by the row's maximum. An empty row (maximum -inf) subtracts 0, since (-inf) - (-inf)

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdio>
 #include <limits>
+#include <optional>
 
 #include "attention_case.h"
 #include "cpu/decode.h"
@@ -74,6 +75,8 @@ TEST(Decode, WhichCallsItTakes) {
     EXPECT_EQ(kernel_of({.sequences = {{kMaxDecodeQueries, 16}}, .causal = causal}), "cpu");
     EXPECT_EQ(kernel_of({.sequences = {{kMaxDecodeQueries + 1, 9000}}, .causal = causal}), "cpu");
     EXPECT_EQ(kernel_of({.sequences = {{1, 9000}}, .packed = true, .causal = causal}), "cpu");
+    EXPECT_EQ(kernel_of({.sequences = {{1, 90}}, .causal = causal, .mask = DenseForm{}}), "cpu");
+    EXPECT_EQ(kernel_of({.sequences = {{1, 90}}, .causal = causal, .dense_bias = DenseForm{}}), "cpu");
   }
 }
 
@@ -105,6 +108,7 @@ TEST(Decode, RandomCases) {
   for (; cases < kCases && !HasFailure(); ++cases) {
     Case c = random_case(random);
     c.packed = false;
+    c.mask = c.dense_bias = std::nullopt;
     const std::int64_t seqlen_q = random.between(1, kMaxDecodeQueries);
     const std::int64_t seqlen_k = random.chance(0.1) ? random.between(kSplitKeys - 20, kSplitKeys + 20)
                                                      : random.between(seqlen_q + 1, 300);

@@ -11,7 +11,7 @@ from probe import LARGEST_WINDOW, Probe
 # The suites that judge a kernel's operators. The others go through the public functions, whatever the
 # kernel.
 SUITES = (
-    "test_attention test_bitwise test_concurrency test_decode test_errors test_fuzz test_layouts "
+    "test_attention test_bitwise test_concurrency test_decode test_dense test_errors test_fuzz test_layouts "
     "test_non_finite test_plan test_poison test_probe test_properties test_reductions test_selection"
 ).split()
 # Of these, what an emulated kernel is not run on: what goes through the public functions, what concerns no
@@ -26,7 +26,9 @@ NOT_EMULATED = {
     "test_large_numbers_in_uninitialised_memory",
     "test_more_heads_than_a_grid_has_rows",
     "test_numbers_of_threads",
+    "test_the_gradient_of_a_bias_has_its_type",
     "test_the_gradient_of_a_sum_is_expanded",
+    "test_the_quick_start_of_the_original",
 }
 # Their types are those of scores: float32 is always taken.
 OF_SCORES = ("test_plan", "test_selection")
@@ -49,8 +51,9 @@ def fitted(value, dtypes, largest_work):
             value = dataclasses.replace(value, dtype=INSTEAD[value.dtype])
         if isinstance(value, Probe) and value.keep_window > LARGEST_WINDOW[value.dtype]:
             value = dataclasses.replace(value, dtype="f16")
-        if getattr(value, "score_dtype", None) == "f64" and "f64" not in dtypes:
-            value = dataclasses.replace(value, score_dtype="f32")
+        for name in ("score_dtype", "dense_dtype"):
+            if getattr(value, name, None) == "f64" and "f64" not in dtypes:
+                value = dataclasses.replace(value, **{name: "f32"})
         too_wide = "f32" not in dtypes and value.head_dim > LARGEST_HEAD_DIM
         return None if too_wide or work(value) > largest_work else value
     if isinstance(value, str) and value in DTYPES and value not in dtypes:
