@@ -1,5 +1,5 @@
-// The pass over the scores is vector code: where no key of a vector reaches the threshold, as in most, it costs
-// one comparison. Only keys that reach it are ranked.
+// The pass over the scores is vector code: where no key of a vector reaches the threshold, as in most, it
+// costs one comparison. Only keys that reach it are ranked.
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/candidates.cpp"
