@@ -48,8 +48,8 @@ def good_ops_select():
 
 def good_ops_forward(packed=False):
     base = dict(
-        bias=None, expiry=None, score=None, plan=None, cu_seqlens_q=None, cu_seqlens_k=None, keep_window=0,
-        scale=1.0, is_causal=True,
+        bias=None, mask=None, expiry=None, score=None, plan=None, cu_seqlens_q=None, cu_seqlens_k=None,
+        keep_window=0, scale=1.0, is_causal=True,
     )  # fmt: skip
     return base | (good_varlen() if packed else good_func())
 
@@ -362,7 +362,13 @@ OPS_SELECT = [
     (dict(num_queries=-2), R, "num_queries", "-2", "0 to Sk = 7"),
     (dict(num_queries=8), R, "num_queries", "8", "0 to Sk = 7"),
     (dict(num_queries=3, is_causal=False), R, "num_queries", "3 without causal", "-1"),
-    (dict(score=zeros(7, 2), cu_seqlens=cu(0, 7), num_queries=3), R, "num_queries", "3 with cu_seqlens", "-1"),
+    (
+        dict(score=zeros(7, 2), cu_seqlens=cu(0, 7), num_queries=3),
+        R,
+        "num_queries",
+        "3 with cu_seqlens",
+        "-1",
+    ),
     (dict(score=zeros(B, HKV, SK, dtype=INT)), R, "score", "int32", "float64"),
     (dict(score=zeros(B, HKV, SK, dtype=torch.int64)), R, "score", "(Long|int64)", "float64"),
     (dict(score=zeros(1, 1, 1, 1, SK)), R, "score", "5 dimensions", "1 to 4"),
@@ -392,6 +398,16 @@ OPS_SHARED = [
     (dict(key=zeros(B, 4, HKV, D), value=zeros(B, 4, HKV, D)), R, "query", "Sq = 5", "at most Sk = 4"),
     (dict(bias=zeros(B, HKV, SK, dtype=torch.float64)), R, "bias", "float64", "float32"),
     (dict(bias=zeros(B, H, SK)), R, "bias", r"\[2, 4, 7\]", "Hkv = 2"),
+    (dict(bias=zeros(B, HKV, 4, SK)), R, "bias", r"\[2, 2, 4, 7\]", "Sq = 5 or 1"),
+    (dict(bias=zeros(B, 3, SQ, SK)), R, "bias", r"\[2, 3, 5, 7\]", "H = 4, 2 or 1"),
+    (dict(bias=zeros(B, H, SQ, 1)), R, "bias", r"\[2, 4, 5, 1\]", "Sk = 7"),
+    (dict(bias=zeros(B, H, SQ, SK, dtype=torch.uint8)), R, "bias", "bool", "float16"),
+    (dict(mask=zeros(B, HKV, SK, dtype=torch.bool)), R, "mask", r"\[2, 2, 7\]", r"\[B, H, Sq, Sk\]"),
+    (dict(mask=zeros(3, H, SQ, SK, dtype=torch.bool)), R, "mask", r"\[3, 4, 5, 7\]", "B = 2 or 1"),
+    (dict(mask=zeros(B, H, SQ, SK)), R, "mask", "float32", "bool"),
+    (dict(mask=zeros(B, H, SQ, SK, dtype=torch.int64)), R, "mask", "(Long|int64)", "bool for mask"),
+    (dict(mask=zeros(1, 1, SQ, SK, dtype=torch.bool), plan=zeros(8, dtype=INT)), R, "plan", "a mask", "none"),
+    (dict(bias=zeros(1, 1, SQ, SK), plan=zeros(8, dtype=INT)), R, "plan", "a bias with a query axis", "none"),
     (dict(expiry=zeros(B, HKV, SK)), R, "expiry", "float32", "int32"),
     (dict(expiry=zeros(B, HKV, 6, dtype=INT)), R, "expiry", r"\[2, 2, 6\]", "Sk = 7"),
     (dict(score=zeros(B, HKV, SK)), R, "score", "a tensor without expiry", "none"),
@@ -414,6 +430,8 @@ OPS_PACKED = [
     (dict(cu_seqlens_k=cu(0, 7)), R, "cu_seqlens_k", "2 elements", "4"),
     (dict(cu_seqlens_q=cu(0, 4, 4, 5)), R, "cu_seqlens_q", "4 rows in sequence 0", "3 keys"),
     (dict(bias=zeros(HKV, 7)), R, "bias", r"\[2, 7\]", r"\[total_k, Hkv\]"),
+    (dict(bias=zeros(1, H, 5, 7)), R, "bias", r"\[1, 4, 5, 7\]", r"\[total_k, Hkv\]"),
+    (dict(mask=zeros(1, H, 5, 7, dtype=torch.bool)), R, "mask", "with cu_seqlens", "none"),
 ]
 OPS_BACKWARD = [
     (dict(grad_out=zeros(B, SQ, H, 9)), R, "d?out|grad_out", r"\[2, 5, 4, 9\]", "D = 8"),
