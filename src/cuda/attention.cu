@@ -160,7 +160,7 @@ Status forward(const ForwardArgs& args, const Target& target, const Workspace& w
   Arena arena(workspace);
   const CallPlan plan = cut_call_plan(arena, args);
   cudaError_t status = build_call_plan(plan, args, stream);
-  if (status == cudaSuccess) status = sm80::forward(args, plan.view, stream);
+  if (status == cudaSuccess) status = sm80::forward(args, plan.view, target.device_index, stream);
   return device_status("forward", status);
 }
 
@@ -181,7 +181,7 @@ std::size_t backward_workspace_bytes(const BackwardArgs& args, const Target& tar
   const DeviceGuard guard(target.device_index);  // CUB asks the current device
   Arena arena;
   const CallPlan plan = cut_call_plan(arena, args);
-  sm80::cut_backward(arena, args, plan.view);
+  sm80::cut_backward(arena, args, plan.view, target.device_index);
   return arena.bytes();
 }
 
@@ -195,9 +195,9 @@ Status backward(const BackwardArgs& args, const Target& target, const Workspace&
   }
   Arena arena(workspace);
   const CallPlan plan = cut_call_plan(arena, args);
-  const sm80::BackwardBuffers buffers = sm80::cut_backward(arena, args, plan.view);
+  const sm80::BackwardBuffers buffers = sm80::cut_backward(arena, args, plan.view, target.device_index);
   cudaError_t status = build_call_plan(plan, args, stream);
-  if (status == cudaSuccess) status = sm80::backward(args, plan.view, buffers, stream);
+  if (status == cudaSuccess) status = sm80::backward(args, plan.view, buffers, target.device_index, stream);
   return device_status("backward", status);
 }
 

@@ -19,10 +19,10 @@ bool is_empty(const Geometry& geometry) {
 }
 }  // namespace
 
-std::size_t decode_workspace_bytes(const ForwardArgs& args, const Target& /*target*/) {
+std::size_t decode_workspace_bytes(const ForwardArgs& args, const Target& target) {
   if (is_empty(make_geometry(args))) return 0;
   Arena arena;
-  sm80::cut_decode(arena, args);
+  sm80::cut_decode(arena, args, target.device_index);
   return arena.bytes();
 }
 
@@ -31,8 +31,9 @@ Status decode(const ForwardArgs& args, const Target& target, const Workspace& wo
   const DeviceGuard guard(target.device_index);
   if (guard.status() != cudaSuccess) return device_status("forward", guard.status());
   Arena arena(workspace);
-  const sm80::DecodeBuffers buffers = sm80::cut_decode(arena, args);
-  return device_status("forward", sm80::decode(args, buffers, static_cast<cudaStream_t>(target.stream)));
+  const sm80::DecodeBuffers buffers = sm80::cut_decode(arena, args, target.device_index);
+  return device_status(
+      "forward", sm80::decode(args, buffers, target.device_index, static_cast<cudaStream_t>(target.stream)));
 }
 
 }  // namespace flash_dmattn::cuda

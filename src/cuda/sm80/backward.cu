@@ -101,8 +101,9 @@ cudaError_t run(const BackwardArgs& args, const PlanView& plan, const BackwardBu
 template <typename KeyConfig, typename QueryConfig>
 constexpr Instance<Run> instance(DType dtype) {
   static_assert(KeyConfig::kHeadDim == QueryConfig::kHeadDim);
-  return {dtype, KeyConfig::kHeadDim,
-          std::max(sizeof(typename KeyConfig::SharedMemory), sizeof(typename QueryConfig::SharedMemory)),
+  return {{dtype, KeyConfig::kHeadDim, 0, std::max(KeyConfig::kThreads, QueryConfig::kThreads),
+           std::max(KeyConfig::kCtasPerSm, QueryConfig::kCtasPerSm),
+           [](int) { return std::max(shared_bytes<KeyConfig>(0), shared_bytes<QueryConfig>(0)); }},
           run<KeyConfig, QueryConfig>};
 }
 
@@ -135,9 +136,11 @@ std::string backward_why_not(const BackwardArgs& args, int device) {
   return why_not(kTable, args.query, device);
 }
 
-BackwardBuffers cut_backward(Arena& arena, const BackwardArgs& args, const PlanView& plan) {
+std::vector<NamedTable> backward_tables() { return {named("backward", kTable)}; }
+
+BackwardBuffers cut_backward(Arena& arena, const BackwardArgs& args, const PlanView& plan, int device) {
   const Geometry geometry = make_geometry(args);
-  const Instance<Run>& instance = *find(kTable, args.query.dtype, args.query.shape[args.query.rank - 1]);
+  const Instance<Run>& instance = *choose(kTable, args.query, device).instance;
   BackwardBuffers buffers;
   buffers.stats = arena.take<RowStats>(geometry.total_q() * geometry.heads_q);
   buffers.heads_per_wave = std::max(geometry.heads_kv, 1);
@@ -158,9 +161,8 @@ BackwardBuffers cut_backward(Arena& arena, const BackwardArgs& args, const PlanV
 }
 
 cudaError_t backward(const BackwardArgs& args, const PlanView& plan, const BackwardBuffers& buffers,
-                     cudaStream_t stream) {
-  return find(kTable, args.query.dtype, args.query.shape[args.query.rank - 1])
-      ->run(args, plan, buffers, stream);
+                     int device, cudaStream_t stream) {
+  return choose(kTable, args.query, device).instance->run(args, plan, buffers, stream);
 }
 
 }  // namespace flash_dmattn::cuda::sm80

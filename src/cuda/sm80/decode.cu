@@ -72,7 +72,7 @@ cudaError_t run(const ForwardArgs& args, const DecodeBuffers& buffers, cudaStrea
 
 template <typename Config>
 constexpr Instance<Run> instance(DType dtype) {
-  return {dtype, Config::kHeadDim, sizeof(typename Config::SharedMemory), run<Config>};
+  return {configuration<Config>(dtype, kDecodeTileM), run<Config>};
 }
 
 template <typename Element>
@@ -107,7 +107,9 @@ std::string decode_why_not(const ForwardArgs& args, int device) {
   return why_not(kTable, args.query, device);
 }
 
-DecodeBuffers cut_decode(Arena& arena, const ForwardArgs& args) {
+std::vector<NamedTable> decode_tables() { return {named("decode", kTable)}; }
+
+DecodeBuffers cut_decode(Arena& arena, const ForwardArgs& args, int device) {
   const Geometry geometry = make_geometry(args);
   const auto lines = static_cast<std::size_t>(geometry.num_sequences) * geometry.heads_kv;
   DecodeBuffers buffers;
@@ -120,13 +122,13 @@ DecodeBuffers cut_decode(Arena& arena, const ForwardArgs& args) {
   const std::size_t tiles = lines * sizes.tiles_m;
   const auto rows = tiles * sizes.splits * kDecodeTileM;
   buffers.finished = arena.take<unsigned>(tiles);
-  buffers.partials = arena.take<float>(rows * find(kTable, args.query.dtype, args.query.shape[3])->head_dim);
+  buffers.partials = arena.take<float>(rows * choose(kTable, args.query, device).instance->head_dim);
   buffers.stats = arena.take<float2>(rows);
   return buffers;
 }
 
-cudaError_t decode(const ForwardArgs& args, const DecodeBuffers& buffers, cudaStream_t stream) {
-  return find(kTable, args.query.dtype, args.query.shape[3])->run(args, buffers, stream);
+cudaError_t decode(const ForwardArgs& args, const DecodeBuffers& buffers, int device, cudaStream_t stream) {
+  return choose(kTable, args.query, device).instance->run(args, buffers, stream);
 }
 
 }  // namespace flash_dmattn::cuda::sm80

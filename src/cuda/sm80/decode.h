@@ -39,7 +39,7 @@ struct DecodeBuffers {
 };
 
 std::string decode_why_not(const ForwardArgs& args, int device);
-DecodeBuffers cut_decode(Arena& arena, const ForwardArgs& args);
-cudaError_t decode(const ForwardArgs& args, const DecodeBuffers& buffers, cudaStream_t stream);
+DecodeBuffers cut_decode(Arena& arena, const ForwardArgs& args, int device);
+cudaError_t decode(const ForwardArgs& args, const DecodeBuffers& buffers, int device, cudaStream_t stream);
 
 }  // namespace flash_dmattn::cuda::sm80

@@ -16,6 +16,8 @@ namespace flash_dmattn::cuda::sm80 {
 
 // A mask, a dense bias, or a key-only bias as one that is the same for all rows.
 PairTensor pair_tensor(const TensorView& view, const Geometry& geometry);
+// Of an element, where it can be copied in pieces of 16 bytes; else 0.
+inline int copied_bytes(const PairTensor& tensor) { return tensor.vectors ? tensor.element_bytes() : 0; }
 
 // What decides about the lists.
 struct DenseInputs {

@@ -6,7 +6,7 @@
 #include "cuda/sm80/dense_dkv_kernel.cuh"
 #include "cuda/sm80/dense_dq_kernel.cuh"
 #include "cuda/sm80/dense_dq_product_kernel.cuh"
-#include "cuda/sm80/dense_instances.h"
+#include "cuda/sm80/instances.h"
 #include "cuda/sm80/row_stats.cuh"
 
 namespace flash_dmattn::cuda::sm80 {
@@ -56,26 +56,17 @@ cudaError_t run_product(const BackwardArgs& args, const DenseParams& dense, RowS
                 params, product);
 }
 
-constexpr DenseInstance<Run> instance_of(auto run, auto config, DType dtype, int tile_m) {
-  using Config = typename decltype(config)::type;
-  return {dtype,
-          Config::kHeadDim,
-          tile_m,
-          Config::kCtasPerSm,
-          [](int bytes) { return Config::shared_bytes(bytes); },
-          run};
+template <typename Config>
+constexpr Instance<Run> keys(DType dtype) {
+  return {configuration<Config>(dtype, 0), run_keys<Config>};
 }
 template <typename Config>
-constexpr DenseInstance<Run> keys(DType dtype) {
-  return instance_of(run_keys<Config>, std::type_identity<Config>{}, dtype, 0);
+constexpr Instance<Run> queries(DType dtype) {
+  return {configuration<Config>(dtype, Config::kTileM), run_queries<Config>};
 }
 template <typename Config>
-constexpr DenseInstance<Run> queries(DType dtype) {
-  return instance_of(run_queries<Config>, std::type_identity<Config>{}, dtype, Config::kTileM);
-}
-template <typename Config>
-constexpr DenseInstance<Run> product(DType dtype) {
-  return instance_of(run_product<Config>, std::type_identity<Config>{}, dtype, Config::kTileM);
+constexpr Instance<Run> product(DType dtype) {
+  return {configuration<Config>(dtype, Config::kTileM), run_product<Config>};
 }
 
 template <typename Element>
@@ -96,31 +87,31 @@ struct Configs {
 using B = Configs<BFloat16>;
 using H = Configs<Float16>;
 
-constexpr DenseInstance<Run> kKeyInstances[] = {
+constexpr Instance<Run> kKeyInstances[] = {
     keys<B::Keys64>(DType::kBFloat16),  keys<H::Keys64>(DType::kFloat16),
     keys<B::Keys128>(DType::kBFloat16), keys<B::FewerRows128>(DType::kBFloat16),
     keys<H::Keys128>(DType::kFloat16),  keys<H::FewerRows128>(DType::kFloat16),
     keys<B::Keys256>(DType::kBFloat16), keys<H::Keys256>(DType::kFloat16),
 };
-constexpr DenseInstance<Run> kQueryInstances[] = {
+constexpr Instance<Run> kQueryInstances[] = {
     queries<B::Queries64>(DType::kBFloat16),  queries<H::Queries64>(DType::kFloat16),
     queries<B::Queries128>(DType::kBFloat16), queries<B::OneStage128>(DType::kBFloat16),
     queries<H::Queries128>(DType::kFloat16),  queries<H::OneStage128>(DType::kFloat16),
     queries<B::Queries256>(DType::kBFloat16), queries<B::FewerRows256>(DType::kBFloat16),
     queries<H::Queries256>(DType::kFloat16),  queries<H::FewerRows256>(DType::kFloat16),
 };
-constexpr DenseInstance<Run> kProductInstances[] = {
+constexpr Instance<Run> kProductInstances[] = {
     product<B::Product64>(DType::kBFloat16),  product<H::Product64>(DType::kFloat16),
     product<B::Product128>(DType::kBFloat16), product<H::Product128>(DType::kFloat16),
     product<B::Product256>(DType::kBFloat16), product<H::Product256>(DType::kFloat16),
 };
-constexpr std::span<const DenseInstance<Run>> kKeyTable = kKeyInstances;
-constexpr std::span<const DenseInstance<Run>> kQueryTable = kQueryInstances;
-constexpr std::span<const DenseInstance<Run>> kProductTable = kProductInstances;
+constexpr std::span<const Instance<Run>> kKeyTable = kKeyInstances;
+constexpr std::span<const Instance<Run>> kQueryTable = kQueryInstances;
+constexpr std::span<const Instance<Run>> kProductTable = kProductInstances;
 
 struct Call {
   DenseInputs inputs;
-  DenseChoice<Run> keys, queries;
+  Choice<Instance<Run>> keys, queries;
   RowStats* stats = nullptr;
   DenseParams dense;
 };
@@ -141,9 +132,10 @@ Call cut(Arena& arena, const BackwardArgs& args, int device) {
   Call call;
   call.inputs = dense_inputs(args);
   const Geometry& geometry = call.inputs.geometry;
-  call.keys = choose(kKeyTable, args.query, call.inputs.bias, device);
-  call.queries = has_ds(args, geometry) ? choose(kProductTable, args.query, {}, device)
-                                        : choose(kQueryTable, args.query, call.inputs.bias, device);
+  const int bias_bytes = copied_bytes(call.inputs.bias);
+  call.keys = choose(kKeyTable, args.query, device, bias_bytes);
+  call.queries = has_ds(args, geometry) ? choose(kProductTable, args.query, device)
+                                        : choose(kQueryTable, args.query, device, bias_bytes);
   call.stats = arena.take<RowStats>(geometry.total_q() * geometry.heads_q);
   call.dense = {.lists = cut_dense_lists(arena, call.inputs, call.queries.instance->tile_m, true),
                 .bias = call.inputs.bias,
@@ -169,6 +161,11 @@ std::string dense_backward_why_not(const BackwardArgs& args, int device) {
   if (reason.empty()) reason = why_not(kQueryTable, args.query, device);
   if (reason.empty()) reason = why_not(kProductTable, args.query, device);
   return reason.empty() ? shared_bias_grad_why_not(args, device) : reason;
+}
+
+std::vector<NamedTable> dense_backward_tables() {
+  return {named("dense dK, dV", kKeyTable), named("dense dQ", kQueryTable),
+          named("dense dQ from dS", kProductTable)};
 }
 
 std::size_t dense_backward_bytes(const BackwardArgs& args, int device) {

@@ -2,7 +2,7 @@
 #include "cuda/sm80/backward_params.h"
 #include "cuda/sm80/dense.h"
 #include "cuda/sm80/dense_bias_grad_kernel.cuh"
-#include "cuda/sm80/dense_instances.h"
+#include "cuda/sm80/instances.h"
 
 namespace flash_dmattn::cuda::sm80 {
 namespace {
@@ -26,16 +26,11 @@ cudaError_t run(const BackwardArgs& args, const DenseParams& dense, RowStats* st
 }
 
 template <typename Config>
-constexpr DenseInstance<Run> instance(DType dtype) {
-  return {dtype,
-          Config::kHeadDim,
-          0,
-          Config::kCtasPerSm,
-          [](int bytes) { return Config::shared_bytes(bytes); },
-          run<Config>};
+constexpr Instance<Run> instance(DType dtype) {
+  return {configuration<Config>(dtype, 0), run<Config>};
 }
 
-constexpr DenseInstance<Run> kInstances[] = {
+constexpr Instance<Run> kInstances[] = {
     instance<DenseBiasGradConfig<BFloat16, 64, 64, 2>>(DType::kBFloat16),
     instance<DenseBiasGradConfig<Float16, 64, 64, 2>>(DType::kFloat16),
     instance<DenseBiasGradConfig<BFloat16, 128, 64, 2>>(DType::kBFloat16),
@@ -43,7 +38,7 @@ constexpr DenseInstance<Run> kInstances[] = {
     instance<DenseBiasGradConfig<BFloat16, 256, 32, 2>>(DType::kBFloat16),
     instance<DenseBiasGradConfig<Float16, 256, 32, 2>>(DType::kFloat16),
 };
-constexpr std::span<const DenseInstance<Run>> kTable = kInstances;
+constexpr std::span<const Instance<Run>> kTable = kInstances;
 
 }  // namespace
 
@@ -51,9 +46,11 @@ std::string shared_bias_grad_why_not(const BackwardArgs& args, int device) {
   return why_not(kTable, args.query, device);
 }
 
+std::vector<NamedTable> dense_bias_grad_tables() { return {named("dense bias gradient", kTable)}; }
+
 cudaError_t shared_bias_grad(const BackwardArgs& args, const DenseParams& dense, RowStats* stats, int device,
                              cudaStream_t stream) {
-  return choose(kTable, args.query, {}, device).instance->run(args, dense, stats, stream);
+  return choose(kTable, args.query, device).instance->run(args, dense, stats, stream);
 }
 
 }  // namespace flash_dmattn::cuda::sm80

@@ -92,7 +92,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     dense_bias_grad_kernel(const __grid_constant__ BackwardParams<typename Config::Element> params,
                            const __grid_constant__ DenseParams dense,
                            const __grid_constant__ BiasShape shape) {
-  using Element = typename Config::Element;
   constexpr int kTileQ = Config::kTileQ;
   constexpr int kNTiles = kTileQ / 8;
   constexpr int kThreads = Config::kThreads;

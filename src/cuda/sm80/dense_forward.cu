@@ -3,7 +3,7 @@
 #include "cuda/common/log2.h"
 #include "cuda/sm80/dense.h"
 #include "cuda/sm80/dense_forward_kernel.cuh"
-#include "cuda/sm80/dense_instances.h"
+#include "cuda/sm80/instances.h"
 
 namespace flash_dmattn::cuda::sm80 {
 namespace {
@@ -34,13 +34,8 @@ cudaError_t run(const ForwardArgs& args, const DenseParams& dense, cudaStream_t 
 }
 
 template <typename Config>
-constexpr DenseInstance<Run> instance(DType dtype) {
-  return {dtype,
-          Config::kHeadDim,
-          Config::kTileM,
-          Config::kCtasPerSm,
-          [](int bytes) { return Config::shared_bytes(bytes); },
-          run<Config>};
+constexpr Instance<Run> instance(DType dtype) {
+  return {configuration<Config>(dtype, Config::kTileM), run<Config>};
 }
 
 template <typename Element>
@@ -55,7 +50,7 @@ struct Configs {
 using B = Configs<BFloat16>;
 using H = Configs<Float16>;
 
-constexpr DenseInstance<Run> kInstances[] = {
+constexpr Instance<Run> kInstances[] = {
     instance<B::Wide64>(DType::kBFloat16),  instance<B::Narrow64>(DType::kBFloat16),
     instance<H::Wide64>(DType::kFloat16),   instance<H::Narrow64>(DType::kFloat16),
     instance<B::Wide128>(DType::kBFloat16), instance<B::Narrow128>(DType::kBFloat16),
@@ -63,18 +58,18 @@ constexpr DenseInstance<Run> kInstances[] = {
     instance<B::Wide256>(DType::kBFloat16), instance<B::Narrow256>(DType::kBFloat16),
     instance<H::Wide256>(DType::kFloat16),  instance<H::Narrow256>(DType::kFloat16),
 };
-constexpr std::span<const DenseInstance<Run>> kTable = kInstances;
+constexpr std::span<const Instance<Run>> kTable = kInstances;
 
 struct Call {
   DenseInputs inputs;
-  DenseChoice<Run> choice;
+  Choice<Instance<Run>> choice;
   DenseParams dense;
 };
 
 Call cut(Arena& arena, const ForwardArgs& args, int device) {
   Call call;
   call.inputs = dense_inputs(args);
-  call.choice = choose(kTable, args.query, call.inputs.bias, device);
+  call.choice = choose(kTable, args.query, device, copied_bytes(call.inputs.bias));
   call.dense = {.lists = cut_dense_lists(arena, call.inputs, call.choice.instance->tile_m, false),
                 .bias = call.inputs.bias,
                 .dbias = {},
@@ -88,6 +83,8 @@ std::string dense_forward_why_not(const ForwardArgs& args, int device) {
   return why_not(kTable, args.query, device);
 }
 
+std::vector<NamedTable> dense_forward_tables() { return {named("dense forward", kTable)}; }
+
 std::size_t dense_forward_bytes(const ForwardArgs& args, int device) {
   Arena arena;
   cut(arena, args, device);
@@ -98,7 +95,7 @@ cudaError_t dense_forward(const ForwardArgs& args, const Workspace& workspace, i
                           cudaStream_t stream) {
   Arena arena(workspace);
   const Call call = cut(arena, args, device);
-  const DenseInstance<Run>& instance = *call.choice.instance;
+  const Instance<Run>& instance = *call.choice.instance;
   const cudaError_t status = build_dense_lists(call.inputs, instance.tile_m, call.dense.lists, stream);
   return status == cudaSuccess ? instance.run(args, call.dense, stream) : status;
 }

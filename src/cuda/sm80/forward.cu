@@ -35,7 +35,7 @@ cudaError_t run(const ForwardArgs& args, const PlanView& plan, cudaStream_t stre
 
 template <typename Config>
 constexpr Instance<Run> instance(DType dtype) {
-  return {dtype, Config::kHeadDim, sizeof(typename Config::SharedMemory), run<Config>};
+  return {configuration<Config>(dtype, Config::kTileM), run<Config>};
 }
 
 // Registers allow two CTAs of 128 threads per multiprocessor.
@@ -59,8 +59,10 @@ std::string forward_why_not(const ForwardArgs& args, int device) {
   return why_not(kTable, args.query, device);
 }
 
-cudaError_t forward(const ForwardArgs& args, const PlanView& plan, cudaStream_t stream) {
-  return find(kTable, args.query.dtype, args.query.shape[args.query.rank - 1])->run(args, plan, stream);
+std::vector<NamedTable> forward_tables() { return {named("forward", kTable)}; }
+
+cudaError_t forward(const ForwardArgs& args, const PlanView& plan, int device, cudaStream_t stream) {
+  return choose(kTable, args.query, device).instance->run(args, plan, stream);
 }
 
 }  // namespace flash_dmattn::cuda::sm80

@@ -1,6 +1,6 @@
-// The kernels for every GPU from compute capability 8.0 on, one instance per type and head dim 64, 128 or
-// 256; other head dims are padded with zeros inside. One table per pass (forward.cu, backward.cu) says which
-// instances exist, and answers both "does it run?" and the run.
+// The kernels for every GPU from compute capability 8.0 on, instances per type and head dim 64, 128 or
+// 256; other head dims are padded with zeros inside. A table per pass says which instances exist, and answers
+// both "does it run?" and the run (instances.h).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,7 +21,7 @@ namespace flash_dmattn::cuda::sm80 {
 std::string forward_why_not(const ForwardArgs& args, int device);
 std::string backward_why_not(const BackwardArgs& args, int device);
 
-cudaError_t forward(const ForwardArgs& args, const PlanView& plan, cudaStream_t stream);
+cudaError_t forward(const ForwardArgs& args, const PlanView& plan, int device, cudaStream_t stream);
 
 // Memory for the backward beside the plan.
 struct BackwardBuffers {
@@ -34,8 +34,8 @@ struct BackwardBuffers {
   std::size_t scan_bytes = 0;
 };
 
-BackwardBuffers cut_backward(Arena& arena, const BackwardArgs& args, const PlanView& plan);
+BackwardBuffers cut_backward(Arena& arena, const BackwardArgs& args, const PlanView& plan, int device);
 cudaError_t backward(const BackwardArgs& args, const PlanView& plan, const BackwardBuffers& buffers,
-                     cudaStream_t stream);
+                     int device, cudaStream_t stream);
 
 }  // namespace flash_dmattn::cuda::sm80
