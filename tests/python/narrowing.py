@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 
 from cases import DTYPES, Case
+from emulated import EmulatedKernel
 from probe import LARGEST_WINDOW, Probe
 
 # The suites that judge a kernel's operators. The others go through the public functions, whatever the
@@ -26,10 +27,13 @@ NOT_EMULATED = {
     "test_large_numbers_in_uninitialised_memory",
     "test_more_heads_than_a_grid_has_rows",
     "test_numbers_of_threads",
+    "test_repeated_runs_and_numbers_of_threads",
     "test_the_gradient_of_a_bias_has_its_type",
     "test_the_gradient_of_a_sum_is_expanded",
     "test_the_quick_start_of_the_original",
 }
+# Parameters of which an emulated kernel takes the first value alone.
+FIRST_EMULATED = {("test_dense", "run")}
 # Their types are those of scores: float32 is always taken.
 OF_SCORES = ("test_plan", "test_selection")
 INSTEAD = {"f32": "bf16", "f64": "f16"}
@@ -79,6 +83,8 @@ def narrow(definition, module: str, kernels) -> None:
         if mark.name != "parametrize" or not isinstance(mark.args[0], str) or "," in mark.args[0]:
             continue
         name, values = mark.args
+        if (module, name) in FIRST_EMULATED and all(isinstance(k, EmulatedKernel) for k in kernels):
+            values = values[:1]
         narrowed = []
         for value in values:
             identity = getattr(value, "id", None) if hasattr(value, "marks") else None
