@@ -40,8 +40,8 @@ if(NOT FLASH_DMATTN_HAS_CUDA)
   return()
 endif()
 
-# Code for each compute capability; PTX, which newer GPUs compile for themselves, of the newest that has a
-# portable one.
+# Code for each compute capability; PTX, which every newer GPU compiles for itself where there is no code for it,
+# of the oldest that has a portable one.
 set(code_options "")
 set(code_names "")
 set(ptx "")
@@ -51,7 +51,7 @@ foreach(architecture IN LISTS FLASH_DMATTN_CUDA_ARCHITECTURES)
   endif()
   list(APPEND code_options -gencode=arch=compute_${architecture},code=sm_${architecture})
   list(APPEND code_names sm_${architecture})
-  if(architecture MATCHES "^[0-9]+$" AND (ptx STREQUAL "" OR architecture GREATER ptx))
+  if(architecture MATCHES "^[0-9]+$" AND (ptx STREQUAL "" OR architecture LESS ptx))
     set(ptx ${architecture})
   endif()
 endforeach()

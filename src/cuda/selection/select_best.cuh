@@ -13,7 +13,12 @@
 namespace flash_dmattn::cuda {
 
 constexpr int kSelectThreads = 1024;
+// As many threads as a multiprocessor holds: 2048, on 8.6, 8.9 and 12.0 1536.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kSelectCtasPerSm = 1;
+#else
 constexpr int kSelectCtasPerSm = 2;
+#endif
 constexpr int kSelectWarps = kSelectThreads / 32;
 static_assert(kSelectWarps <= 32, "a warp sums over all warps with one number per lane");
 

@@ -6,6 +6,7 @@
 
 #include <cub/block/block_scan.cuh>
 
+#include "cuda/selection/select_best.cuh"
 #include "cuda/selection/select_problem.cuh"
 #include "cuda/selection/sort_ranks.cuh"
 
@@ -210,7 +211,7 @@ __device__ void find_deaths(const ChunkState& state, const ExpiryWriter& writer,
 // before. Without thresholds a sequence is one chunk, and its keys all get their expiry here. A CTA owns a
 // chunk.
 template <int kChunk>
-__global__ void __launch_bounds__(kChunk, kChunk == 1024 ? 2 : 1)
+__global__ void __launch_bounds__(kChunk, kChunk == kSelectThreads ? kSelectCtasPerSm : 1)
     finish_chunks(const __grid_constant__ SelectProblem problem) {
   __shared__ ChunkStorage<kChunk> storage;
   const auto [sequence, head, chunk] = find_piece(problem, problem.chunks);

@@ -222,10 +222,11 @@ __device__ inline Rank least_from(const Rank* candidates, unsigned count, Rank b
 }
 
 // A bound that exactly k of the candidates reach, 1 <= k <= count, by radix selection on their ranks.
-__device__ inline Rank bound_of_best(const Rank* candidates, unsigned count, unsigned k,
+// common_bin: of all candidates; kDigitBins: they differ.
+__device__ inline Rank bound_of_best(const Rank* candidates, unsigned count, unsigned k, unsigned common_bin,
                                      FewStorage& storage) {
-  Rank digits = 0;
-  int shift = 64;
+  Rank digits = common_bin == kDigitBins ? 0 : common_bin;
+  int shift = common_bin == kDigitBins ? 64 : 64 - kDigitBits;
   while (shift > 0 && count > 0) {
     const int width = shift == 42 || shift <= kDigitBits ? min(10, shift) : kDigitBits;  // 11, 11, 10 twice
     for (unsigned bin = threadIdx.x; bin < kDigitBins; bin += kFewThreads) storage.histogram[bin] = 0;

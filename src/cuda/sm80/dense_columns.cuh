@@ -63,6 +63,21 @@ __device__ __forceinline__ void store_element(const PairTensor& tensor, std::int
   }
 }
 
+// Stores dS of the thread's pairs of keys; rows: where the row of each column begins, -1: nowhere. The
+// common case, with fewer instructions than the general one.
+template <typename Element, int kNTiles>
+__device__ __forceinline__ void store_pairs(Element* keys, const float (&ds)[kNTiles][4],
+                                            const std::int64_t* rows) {
+#pragma unroll
+  for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const std::int64_t begin = rows[n * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + c];
+      if (begin >= 0) *reinterpret_cast<std::uint32_t*>(keys + begin) = pack<Element>(ds[n][c], ds[n][2 + c]);
+    }
+  }
+}
+
 // Stores dS of the thread's pairs. Of a whole block, where `vectors` allows it, two keys at a time, `first`
 // and the next; else the keys key0 and key1, unless -1. row(column): where the row begins, -1: nowhere.
 template <int kNTiles, typename Row>

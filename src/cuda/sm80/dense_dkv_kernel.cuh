@@ -44,7 +44,8 @@ struct DenseKeyGradConfig {
     RowStats stats[kStages][kTileQ];
     std::uint64_t bits[kStages][kTileQ];
     RowPlace places[3][kTileQ];
-    int keys[kBlock];  // by line of the tiles; -1: none
+    std::int64_t dbias_rows[3][kTileQ];  // where the rows of dbias begin; -1: nowhere
+    int keys[kBlock];                    // by line of the tiles; -1: none
   };
   // A tile of the bias lies behind it.
   static constexpr std::size_t kBiasOffset = (sizeof(SharedMemory) + 127) / 128 * 128;
@@ -163,6 +164,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   const int num_steps = tiles * item.repeats;
   const int first_head = item.head_kv * geometry.group();
   // One thread per row; the number of a row is read a step before its place is written.
+  const std::int64_t first_dbias = dense.dbias.offset(item.batch, item.head_kv, 0);
   int pending = -1;
   const auto read_number = [&](int step) {
     const int index = step % tiles * kTileQ + n_of_thread;
@@ -176,6 +178,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
       place = {pending - head * geometry.seqlen_q, lists.bit_heads == 1 ? step / tiles : head};
     }
     shared.places[step % 3][n_of_thread] = place;
+    if (!dense.dbias.present()) return;
+    shared.dbias_rows[step % 3][n_of_thread] =
+        place.row < 0
+            ? -1
+            : first_dbias + place.head * dense.dbias.group_stride + place.row * dense.dbias.row_stride;
   };
   const auto load_rows = [&](int step) {
     const int stage = step % Config::kStages;
@@ -258,6 +265,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   const SharedAddress warp_values = value_tile + first_n * (2 * kHeadDim);
   const int pair_of_thread = down_key(first_n + lane / 4);  // the thread's keys are this one and the next
 
+  // The common case: a gradient of the products' type, its whole blocks in aligned pieces.
+  const bool stores_pairs = dense.dbias.present() && dense.dbias.type == kPairType<Element> && item.whole &&
+                            dense.dbias.vectors && item.first_key + kBlock <= geometry.seqlen_k;
+  Element* const dbias_keys = reinterpret_cast<Element*>(dense.dbias.data) + item.first_key + pair_of_thread;
+
   float dk[1][kColumns / 8][4], dv[1][kColumns / 8][4];
   clear(dk);
   clear(dv);
@@ -334,15 +346,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
         multiply_ab<Element, kHeadDim>(dk, fragments, query_tile, first_chunk);
       }
       if (dense.dbias.present() && first_chunk == 0) {
-        const std::int64_t first = dense.dbias.offset(item.batch, item.head_kv, 0);
-        store_bias_grad<kNTiles>(dense.dbias, dp[0], item.whole, shared.keys[first_n + lane / 4],
-                                 shared.keys[first_n + 8 + lane / 4], item.first_key + pair_of_thread,
-                                 geometry.seqlen_k, [&](int column) -> std::int64_t {
-                                   const RowPlace place = places[column];
-                                   return place.row < 0 ? -1
-                                                        : first + place.head * dense.dbias.group_stride +
-                                                              place.row * dense.dbias.row_stride;
-                                 });
+        const std::int64_t* dbias_rows = shared.dbias_rows[step % 3];
+        if (stores_pairs) {
+          store_pairs<Element, kNTiles>(dbias_keys, dp[0], dbias_rows);
+        } else {
+          store_bias_grad<kNTiles>(dense.dbias, dp[0], item.whole, shared.keys[first_n + lane / 4],
+                                   shared.keys[first_n + 8 + lane / 4], item.first_key + pair_of_thread,
+                                   geometry.seqlen_k, [&](int column) { return dbias_rows[column]; });
+        }
       }
     }
     if (Config::kStages == 1) {

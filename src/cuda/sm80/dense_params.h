@@ -16,11 +16,17 @@
 
 #include "cuda/common/geometry.cuh"
 #include "cuda/common/plan.cuh"
+#include "cuda/common/ptx.cuh"
 #include "cuda/common/row_tiles.cuh"
 
 namespace flash_dmattn::cuda::sm80 {
 
 enum class PairType : int { kNone, kBool, kBFloat16, kFloat16, kFloat32 };
+
+template <typename Element>
+constexpr PairType kPairType = PairType::kFloat16;
+template <>
+inline constexpr PairType kPairType<BFloat16> = PairType::kBFloat16;
 
 // A mask or a bias: one element per row and key. Strides in elements; 0 along an axis of size 1.
 struct PairTensor {
