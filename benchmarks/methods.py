@@ -67,7 +67,7 @@ def _operators(problem: Problem, _: None) -> Stages:
     if case.device == "cuda":
         plan = ops.plan(expiry, score, score, None, None, case.seqlen_q, window, True)
         yield "plan"
-    given = (score, expiry, score, plan)  # bias, expiry, score, plan
+    given = (score, None, expiry, score, plan)  # bias, mask, expiry, score, plan
     out, lse = ops.forward(query, key, value, *given, None, None, window, scale, True)
     yield "forward"
     results = {"expiry": expiry, "out": out, "lse": lse}

@@ -49,6 +49,9 @@ inline std::optional<DType> dtype_of(ScalarType type) {
       return DType::kBFloat16;
     case ScalarType::Int:
       return DType::kInt32;
+    case ScalarType::Bool:
+    case ScalarType::Byte:
+      return DType::kBool;
     default:
       return std::nullopt;
   }
@@ -97,7 +100,8 @@ class Call {
     if (!dtype.has_value()) {
       fail(function_, argument,
            std::string("got dtype ") + torch::headeronly::toString(tensor.scalar_type()) +
-               ", expected float64, float32, float16, bfloat16, or int32 for expiry, plan and cu_seqlens");
+               ", expected float64, float32, float16, bfloat16, int32 for expiry, plan and cu_seqlens, "
+               "or bool for mask");
     }
     TensorView view{.data = const_cast<void*>(tensor.const_data_ptr()),
                     .dtype = *dtype,

@@ -74,9 +74,10 @@ struct Forward {
 };
 
 Forward make_forward(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bias,
-                     const OptionalTensor& expiry, const OptionalTensor& score, const OptionalTensor& plan,
-                     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                     std::int64_t keep_window, double scale, bool is_causal) {
+                     const OptionalTensor& mask, const OptionalTensor& expiry, const OptionalTensor& score,
+                     const OptionalTensor& plan, const OptionalTensor& cu_seqlens_q,
+                     const OptionalTensor& cu_seqlens_k, std::int64_t keep_window, double scale,
+                     bool is_causal) {
   Call call("forward", query);
   Tensor lse = empty_lse(call, query);
   Tensor out = call.empty_rows(query.sizes(), query.scalar_type());
@@ -84,6 +85,7 @@ Forward make_forward(const Tensor& query, const Tensor& key, const Tensor& value
                          .key = call.rows(key, "key"),
                          .value = call.rows(value, "value"),
                          .bias = call.view(bias, "bias"),
+                         .mask = call.view(mask, "mask"),
                          .expiry = call.view(expiry, "expiry"),
                          .score = call.view(score, "score"),
                          .keep_window = keep_window,
@@ -98,10 +100,11 @@ Forward make_forward(const Tensor& query, const Tensor& key, const Tensor& value
 }
 
 std::tuple<Tensor, Tensor> forward_op(Tensor query, Tensor key, Tensor value, OptionalTensor bias,
-                                      OptionalTensor expiry, OptionalTensor score, OptionalTensor plan,
-                                      OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-                                      std::int64_t keep_window, double scale, bool is_causal) {
-  Forward pass = make_forward(query, key, value, bias, expiry, score, plan, cu_seqlens_q, cu_seqlens_k,
+                                      OptionalTensor mask, OptionalTensor expiry, OptionalTensor score,
+                                      OptionalTensor plan, OptionalTensor cu_seqlens_q,
+                                      OptionalTensor cu_seqlens_k, std::int64_t keep_window, double scale,
+                                      bool is_causal) {
+  Forward pass = make_forward(query, key, value, bias, mask, expiry, score, plan, cu_seqlens_q, cu_seqlens_k,
                               keep_window, scale, is_causal);
   pass.call.run(forward, pass.args);
   return {pass.call.finished(pass.out), pass.lse};
@@ -109,9 +112,9 @@ std::tuple<Tensor, Tensor> forward_op(Tensor query, Tensor key, Tensor value, Op
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
     Tensor grad_out, OptionalTensor grad_lse, Tensor query, Tensor key, Tensor value, OptionalTensor bias,
-    OptionalTensor expiry, OptionalTensor score, OptionalTensor plan, Tensor out, Tensor lse,
-    OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, std::int64_t keep_window, double scale,
-    bool is_causal, bool need_dq, bool need_dk, bool need_dv, bool need_dbias) {
+    OptionalTensor mask, OptionalTensor expiry, OptionalTensor score, OptionalTensor plan, Tensor out,
+    Tensor lse, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, std::int64_t keep_window,
+    double scale, bool is_causal, bool need_dq, bool need_dk, bool need_dv, bool need_dbias) {
   if (need_dbias && !bias.has_value()) {
     fail("backward", "need_dbias", "got True without a bias, expected False");
   }
@@ -127,11 +130,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
   Tensor dq = empty_rows(query, need_dq);
   Tensor dk = empty_rows(key, need_dk);
   Tensor dv = empty_rows(value, need_dv);
-  Tensor dbias = need_dbias ? call.empty(bias->sizes(), lse_dtype(query)) : call.empty({0}, lse_dtype(query));
+  const ScalarType dbias_dtype =
+      bias.has_value() && bias->dim() == 4 ? bias->scalar_type() : lse_dtype(query);
+  Tensor dbias = need_dbias ? call.empty(bias->sizes(), dbias_dtype) : call.empty({0}, dbias_dtype);
   call.run<BackwardArgs>(backward, {.query = call.rows(query, "query"),
                                     .key = call.rows(key, "key"),
                                     .value = call.rows(value, "value"),
                                     .bias = call.view(bias, "bias"),
+                                    .mask = call.view(mask, "mask"),
                                     .expiry = call.view(expiry, "expiry"),
                                     .score = call.view(score, "score"),
                                     .keep_window = keep_window,
@@ -151,11 +157,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
   return {call.finished(dq), call.finished(dk), call.finished(dv), dbias};
 }
 
-std::string explain_op(Tensor query, Tensor key, Tensor value, OptionalTensor bias, OptionalTensor expiry,
-                       OptionalTensor score, OptionalTensor plan, OptionalTensor cu_seqlens_q,
-                       OptionalTensor cu_seqlens_k, std::int64_t keep_window, double scale, bool is_causal) {
-  const Forward pass = make_forward(query, key, value, bias, expiry, score, plan, cu_seqlens_q, cu_seqlens_k,
-                                    keep_window, scale, is_causal);
+std::string explain_op(Tensor query, Tensor key, Tensor value, OptionalTensor bias, OptionalTensor mask,
+                       OptionalTensor expiry, OptionalTensor score, OptionalTensor plan,
+                       OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, std::int64_t keep_window,
+                       double scale, bool is_causal) {
+  const Forward pass = make_forward(query, key, value, bias, mask, expiry, score, plan, cu_seqlens_q,
+                                    cu_seqlens_k, keep_window, scale, is_causal);
   return explain(pass.args, pass.call.target());
 }
 
@@ -191,18 +198,19 @@ FLASH_DMATTN_LIBRARY(FLASH_DMATTN_TORCH_NAMESPACE, library) {
       "plan(Tensor? expiry, Tensor? score, Tensor? bias, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
       "SymInt num_queries, int keep_window, bool is_causal) -> Tensor");
   library.def(
-      "forward(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? expiry, Tensor? score, "
-      "Tensor? plan, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int keep_window, float scale, "
-      "bool is_causal) -> (Tensor out, Tensor lse)");
+      "forward(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? expiry, "
+      "Tensor? score, Tensor? plan, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int keep_window, "
+      "float scale, bool is_causal) -> (Tensor out, Tensor lse)");
   library.def(
       "backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor? bias, "
-      "Tensor? expiry, Tensor? score, Tensor? plan, Tensor out, Tensor lse, Tensor? cu_seqlens_q, "
-      "Tensor? cu_seqlens_k, int keep_window, float scale, bool is_causal, bool need_dq, bool need_dk, "
-      "bool need_dv, bool need_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)");
+      "Tensor? mask, Tensor? expiry, Tensor? score, Tensor? plan, Tensor out, Tensor lse, "
+      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int keep_window, float scale, bool is_causal, "
+      "bool need_dq, bool need_dk, bool need_dv, bool need_dbias) -> (Tensor dq, Tensor dk, Tensor dv, "
+      "Tensor dbias)");
   library.def(
-      "explain(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? expiry, Tensor? score, "
-      "Tensor? plan, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int keep_window, float scale, "
-      "bool is_causal) -> str");
+      "explain(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? expiry, "
+      "Tensor? score, Tensor? plan, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int keep_window, "
+      "float scale, bool is_causal) -> str");
   library.def("describe_build() -> str");
 #if FLASH_DMATTN_BUG_HOOKS
   library.def("inject(int bug) -> ()");

@@ -223,6 +223,7 @@ def _native_arguments(problem: Problem) -> tuple:
         problem.key,
         problem.value,
         problem.bias,
+        None,
         problem.expiry,
         problem.score if is_ranked else None,
         None,

@@ -26,15 +26,15 @@ def register(namespace: str = "flash_dmattn") -> None:
     backward = getattr(torch.ops, namespace).backward
 
     def backward_formula(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple:
-        query, key, value, bias, *selection, out, lse, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+        query, key, value, bias, *visibility, out, lse, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
         needed = ctx.needs_input_grad[:4]
         if grad_out is None:
             grad_out = out.new_zeros(()).expand(out.shape)
         grads = backward(
-            grad_out, grad_lse, query, key, value, bias, *selection, out, lse, cu_seqlens_q, cu_seqlens_k,
+            grad_out, grad_lse, query, key, value, bias, *visibility, out, lse, cu_seqlens_q, cu_seqlens_k,
             ctx.keep_window, ctx.scale, ctx.is_causal, *needed,
         )  # fmt: skip
-        return *(grad if need else None for grad, need in zip(grads, needed)), *(None,) * 8
+        return *(grad if need else None for grad, need in zip(grads, needed)), *(None,) * 9
 
     torch.library.register_autograd(
         f"{namespace}::forward", backward_formula, setup_context=_save_for_backward
@@ -86,6 +86,7 @@ def _forward_fake(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
+    mask: Tensor | None,
     expiry: Tensor | None,
     score: Tensor | None,
     plan: Tensor | None,
@@ -108,6 +109,7 @@ def _backward_fake(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
+    mask: Tensor | None,
     expiry: Tensor | None,
     score: Tensor | None,
     plan: Tensor | None,
@@ -128,7 +130,8 @@ def _backward_fake(
         return torch.empty(shape, dtype=dtype, device=query.device)
 
     dtype = query.dtype
-    dbias = grad(bias, need_dbias, _accumulation_dtype(query))
+    dense = bias is not None and bias.dim() == 4
+    dbias = grad(bias, need_dbias, bias.dtype if dense else _accumulation_dtype(query))
     return grad(query, need_dq, dtype), grad(key, need_dk, dtype), grad(value, need_dv, dtype), dbias
 
 

@@ -104,5 +104,5 @@ def _call(
     if scale is None:
         scale = query.size(-1) ** -0.5
     return _forward(
-        query, key, value, bias, expiry, score, None, None, None, keep_window_size or 0, scale, is_causal
+        query, key, value, bias, None, expiry, score, None, None, None, keep_window_size or 0, scale, is_causal
     )

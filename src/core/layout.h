@@ -31,6 +31,9 @@ struct VectorView {
   T& operator[](std::int64_t index) const { return data[index * stride]; }
 };
 
+// Whether a bias has a query axis: [B or 1, 1 or Hkv or H, Sq or 1, Sk].
+inline bool is_dense(const TensorView& bias) { return bias.rank == 4; }
+
 // Query row i stands at position i + seqlen_k - seqlen_q; keys stand at their index.
 struct Sequence {
   std::int64_t batch = 0;    // index on the batch axis; 0 if packed

@@ -50,6 +50,16 @@ bool check_per_key(Validator& check, Check how, const char* name, const TensorVi
                       {{"B", sizes.batch}, {"Hkv", sizes.heads_kv}, {"Sk", sizes.seqlen_k}});
 }
 
+// Masks and biases with a query axis. Each axis has its full size or 1, the heads also Hkv.
+bool check_dense(Validator& check, Check how, const char* name, const TensorView& tensor,
+                 Validator::DTypes dtypes, const Sizes& sizes) {
+  return (check.*how)(name, tensor, dtypes,
+                      {{"B", sizes.batch, true},
+                       {"H", sizes.heads_q, true, sizes.heads_kv},
+                       {"Sq", sizes.seqlen_q, true},
+                       {"Sk", sizes.seqlen_k}});
+}
+
 bool check_per_query(Validator& check, Check how, const char* name, const TensorView& tensor,
                      const Sizes& sizes) {
   if (sizes.packed) {
@@ -126,6 +136,23 @@ void check_score(Validator& check, const Args& args, const Sizes& sizes) {
     check_per_key(check, &Validator::input, "score", args.score, kFloatingTypes, sizes);
 }
 
+// Key-only, dense, or absent.
+template <typename Args>
+void check_bias_and_mask(Validator& check, const Args& args, const Sizes& sizes) {
+  const bool dense_bias = is_dense(args.bias) && !sizes.packed;
+  if (dense_bias) {
+    check_dense(check, &Validator::input, "bias", args.bias, kFloatingTypes, sizes);
+  } else if (args.bias.present()) {
+    check_per_key(check, &Validator::input, "bias", args.bias, {sizes.accumulation}, sizes);
+  }
+  if (args.mask.present()) {
+    check.require(!sizes.packed, "mask", "a tensor with cu_seqlens", "none: packed sequences take no mask");
+    check_dense(check, &Validator::input, "mask", args.mask, {DType::kBool}, sizes);
+  }
+  check.require(!args.plan.present() || !(dense_bias || args.mask.present()), "plan",
+                "a tensor with a mask or a bias with a query axis", "none");
+}
+
 // What forward and backward share.
 template <typename Args>
 Sizes check_inputs(Validator& check, const Args& args) {
@@ -135,9 +162,7 @@ Sizes check_inputs(Validator& check, const Args& args) {
   check_query_and_key(check, args, sizes);
   if (!check.ok()) return sizes;
   check_k_rows(check, &Validator::input, "value", args.value, sizes);
-  if (args.bias.present()) {
-    check_per_key(check, &Validator::input, "bias", args.bias, {sizes.accumulation}, sizes);
-  }
+  check_bias_and_mask(check, args, sizes);
   if (args.expiry.present()) {
     check_per_key(check, &Validator::input, "expiry", args.expiry, {DType::kInt32}, sizes);
   }
@@ -146,6 +171,16 @@ Sizes check_inputs(Validator& check, const Args& args) {
   if (check.ok()) check_sequences(check, args, sizes);
   if (!std::isfinite(args.scale)) check.fail("scale", std::to_string(args.scale), "a finite number");
   return sizes;
+}
+
+void check_dbias(Validator& check, const BackwardArgs& args, const Sizes& sizes) {
+  if (!is_dense(args.bias)) {
+    check_per_key(check, &Validator::output, "dbias", args.dbias, {sizes.accumulation}, sizes);
+  } else if (check.ok()) {
+    const auto& shape = args.bias.shape;
+    check.output("dbias", args.dbias, {args.bias.dtype},
+                 {{"B", shape[0]}, {"H", shape[1]}, {"Sq", shape[2]}, {"Sk", shape[3]}});
+  }
 }
 
 // The sizes of a plan's tensors, which are shaped like expiry or else bias.
@@ -221,9 +256,7 @@ std::string validate(const BackwardArgs& args, const Target& target) {
   if (args.dk.present()) check_k_rows(check, &Validator::output, "dk", args.dk, sizes);
   if (args.dv.present()) check_k_rows(check, &Validator::output, "dv", args.dv, sizes);
   check.require(!args.dbias.present() || args.bias.present(), "dbias", "a tensor without bias", "none");
-  if (args.dbias.present()) {
-    check_per_key(check, &Validator::output, "dbias", args.dbias, {sizes.accumulation}, sizes);
-  }
+  if (args.dbias.present()) check_dbias(check, args, sizes);
   check.target(target);
   return check.message();
 }

@@ -32,7 +32,7 @@ std::string describe(Validator::DTypes dtypes) {
   return text;
 }
 
-// "[B, Sk, Hkv, D] with B = 2, D = 64"
+// "[B, Sk, Hkv, D] with B = 2, D = 64"; sizes that broadcast: "[B, H, Sq, Sk] with B = 2 or 1, H = 8, 2 or 1"
 std::string describe(Validator::Axes axes) {
   std::string symbols, sizes;
   for (const Axis& axis : axes) {
@@ -40,6 +40,8 @@ std::string describe(Validator::Axes axes) {
     if (axis.size != kAnySize) {
       sizes +=
           (sizes.empty() ? " with " : ", ") + std::string(axis.symbol) + " = " + std::to_string(axis.size);
+      if (axis.shared != axis.size) sizes += ", " + std::to_string(axis.shared);
+      if (axis.broadcasts) sizes += " or 1";
     }
   }
   return "[" + symbols + "]" + sizes;
@@ -98,7 +100,7 @@ void Validator::check_type_and_shape(const char* name, const TensorView& tensor,
   int index = 0;
   for (const Axis& axis : axes) {
     const std::int64_t size = tensor.shape[index++];
-    if (axis.size != kAnySize && size != axis.size) return fail(name, got(), describe(axes));
+    if (!axis.takes(size)) return fail(name, got(), describe(axes));
     if (size < 0 || size > kMaxAxis) return fail(name, got(), "sizes from 0 to " + std::to_string(kMaxAxis));
     bytes = bounded_multiply_add(bytes, std::max<std::int64_t>(size, 1), 0);
   }

@@ -26,6 +26,12 @@ inline constexpr std::int64_t kAnySize = -1;
 struct Axis {
   const char* symbol;
   std::int64_t size = kAnySize;
+  bool broadcasts = false;     // a size of 1 will do, too
+  std::int64_t shared = size;  // and so will this one
+
+  bool takes(std::int64_t got) const {
+    return size == kAnySize || got == size || (broadcasts && (got == 1 || got == shared));
+  }
 };
 
 // Collects the first thing that is wrong. A check that follows a failed one does nothing, except that `input`
@@ -71,7 +77,7 @@ class Validator {
   const char* function_;
   bool on_cpu_;
   std::string message_;
-  std::array<Seen, 17> seen_{};  // the non-empty tensors checked so far; backward has the most, 17
+  std::array<Seen, 18> seen_{};  // the non-empty tensors checked so far; backward has the most, 18
   int num_seen_ = 0;
 };
 

@@ -360,6 +360,7 @@ void run(const BackwardArgs& args, const ParallelFor& parallel_for, const Worksp
 }  // namespace
 
 std::string backward_why_not(const BackwardArgs& args, const Target& /*target*/) {
+  if (is_dense(args.bias) || args.mask.present()) return "takes no mask or bias with a query axis";
   return args.plan.present() ? "takes no plan" : "";
 }
 

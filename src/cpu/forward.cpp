@@ -236,6 +236,7 @@ ForwardProblem make_problem(const ForwardArgs& args, int num_workers, Arena& are
 }  // namespace
 
 std::string forward_why_not(const ForwardArgs& args, const Target& /*target*/) {
+  if (is_dense(args.bias) || args.mask.present()) return "takes no mask or bias with a query axis";
   return args.plan.present() ? "takes no plan" : "";
 }
 

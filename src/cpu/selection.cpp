@@ -212,6 +212,7 @@ void select(const SelectArgs& args, const Target& target, const Workspace& works
     case DType::kFloat16:
       return select_as<Float16>(args, target, workspace);
     case DType::kInt32:
+    case DType::kBool:
       return;  // refused by the validation
   }
 }

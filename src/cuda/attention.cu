@@ -6,6 +6,7 @@
 #include <string>
 
 #include "core/dtype.h"
+#include "core/layout.h"
 #include "core/workspace.h"
 #include "cuda/backend.h"
 #include "cuda/common/arguments.h"
@@ -87,6 +88,9 @@ cudaError_t build_call_plan(const CallPlan& plan, const Args& args, cudaStream_t
 template <typename Args>
 std::string common_why_not(const Args& args, const Target& target) {
   std::string reason = device_why_not(target);
+  if (reason.empty() && (is_dense(args.bias) || args.mask.present())) {
+    reason = "takes no mask or bias with a query axis";
+  }
   for (const auto& [name, view] : {std::pair{"query", &args.query}, std::pair{"key", &args.key},
                                    std::pair{"value", &args.value}, std::pair{"out", &args.out}}) {
     if (reason.empty()) reason = rows_why_not(name, *view);

@@ -205,7 +205,7 @@ def test_opcheck(kernel, case):
     expiry = kernel.select(problem)
     plan_arguments = (expiry, score, problem.bias, *cu, rows, window, True)
     plan = ops.plan(*plan_arguments)
-    inputs = (problem.query, problem.key, problem.value, problem.bias, expiry, score, plan)
+    inputs = (problem.query, problem.key, problem.value, problem.bias, None, expiry, score, plan)
     options = (*cu, window, problem.scale, True)
     out, lse = ops.forward(*inputs, *options)
     gradients = (problem.dout, problem.dlse)
@@ -228,7 +228,7 @@ def test_a_given_plan_is_the_one_that_is_made_within(kernel, case):
     cu, rows = (problem.cu_seqlens_q, problem.cu_seqlens_k), problem.query.shape[-3]
     score = problem.ranked_score()
     plan = kernel.ops.plan(expiry, score, problem.bias, *cu, rows, window, True)
-    inputs = (problem.query, problem.key, problem.value, problem.bias, expiry, score, plan)
+    inputs = (problem.query, problem.key, problem.value, problem.bias, None, expiry, score, plan)
     options = (*cu, window, problem.scale, True)
     out, lse = kernel.ops.forward(*inputs, *options)
     needs = (True, True, True, True)

@@ -71,7 +71,8 @@ class Problem:
     dout: torch.Tensor
     scale: float
     causal: bool = True
-    bias: torch.Tensor | None = None
+    bias: torch.Tensor | None = None  # key-only, or dense: [B or 1, 1 or Hkv or H, Sq or 1, Sk]
+    mask: torch.Tensor | None = None  # bool, dense
     score: torch.Tensor | None = None
     keep_window: int | None = None
     num_sinks: int = 0

@@ -40,8 +40,9 @@ class OpsKernel:
 
     @staticmethod
     def selection(problem: Problem, expiry: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        """(expiry, score, plan): the score where expiry is its plain selection."""
-        return expiry, problem.ranked_score() if OpsKernel.keep_window(problem, expiry) else None, None
+        """(mask, expiry, score, plan): the score where expiry is its plain selection."""
+        score = problem.ranked_score() if OpsKernel.keep_window(problem, expiry) else None
+        return problem.mask, expiry, score, None
 
     @staticmethod
     def keep_window(problem: Problem, expiry: torch.Tensor | None) -> int:

@@ -48,8 +48,8 @@ def good_ops_select():
 
 def good_ops_forward(packed=False):
     base = dict(
-        bias=None, expiry=None, score=None, plan=None, cu_seqlens_q=None, cu_seqlens_k=None, keep_window=0,
-        scale=1.0, is_causal=True,
+        bias=None, mask=None, expiry=None, score=None, plan=None, cu_seqlens_q=None, cu_seqlens_k=None,
+        keep_window=0, scale=1.0, is_causal=True,
     )  # fmt: skip
     return base | (good_varlen() if packed else good_func())
 

@@ -127,7 +127,7 @@ def test_bad_expiry_is_safe_without_validation(kernel):
         last = (*no_packing, 0, 1.0, causal)  # keep_window, scale, is_causal
         results, gradients = {}, {}
         for name, expiry in (("wild", wild), ("tame", tame)):
-            inputs = (query, key, key, None, expiry, None, None)
+            inputs = (query, key, key, None, None, expiry, None, None)
             results[name] = kernel.ops.forward(*inputs, *last)
             gradients[name] = kernel.ops.backward(
                 query, None, *inputs, *results[name], *last, True, True, True, False
