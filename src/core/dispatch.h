@@ -1,11 +1,13 @@
 // Each pass has an ordered list of kernels. The first whose why_not is empty runs; the same list answers how
-// much workspace a call needs and why it is refused, so that the three cannot disagree.
+// much workspace a call needs and why it is refused, so that the three cannot disagree. Messages quote the
+// arguments as they were given; kernels get canonical ones.
 #pragma once
 
 #include <cstddef>
 #include <span>
 #include <string>
 
+#include "core/canonical.h"
 #include "core/validation.h"
 #include "core/workspace.h"
 
@@ -26,12 +28,13 @@ struct Pass {
   std::span<const Kernel<Args>> kernels;
 
   // The kernel that runs, or null with the reason in status.
-  const Kernel<Args>* choose(const Args& args, const Target& target, Status& status) const {
-    std::string message = validate(args, target);
+  const Kernel<Args>* choose(const Args& given, const Target& target, Status& status) const {
+    std::string message = validate(given, target);
     if (!message.empty()) {
       status = Status::invalid(std::move(message));
       return nullptr;
     }
+    const Args args = canonical(given);
     bool has_cuda = false;
     for (const Kernel<Args>& kernel : kernels) {
       has_cuda |= kernel.device == DeviceType::kCuda;
@@ -45,10 +48,11 @@ struct Pass {
     return nullptr;
   }
 
-  Status run(const Args& args, const Target& target, const Workspace& workspace) const {
+  Status run(const Args& given, const Target& target, const Workspace& workspace) const {
     Status status;
-    const Kernel<Args>* kernel = choose(args, target, status);
+    const Kernel<Args>* kernel = choose(given, target, status);
     if (kernel == nullptr) return status;
+    const Args args = canonical(given);
     const std::size_t needed = kernel->workspace_bytes(args, target);
     Validator check(function, target);
     check.require(workspace.bytes >= needed, "workspace", std::to_string(workspace.bytes) + " bytes",
@@ -62,7 +66,7 @@ struct Pass {
   std::size_t workspace_bytes(const Args& args, const Target& target) const {
     Status status;
     const Kernel<Args>* kernel = choose(args, target, status);
-    return kernel == nullptr ? 0 : kernel->workspace_bytes(args, target);
+    return kernel == nullptr ? 0 : kernel->workspace_bytes(canonical(args), target);
   }
 
   std::string why_unsupported(const Args& args, const Target& target) const {
@@ -72,16 +76,17 @@ struct Pass {
   }
 
   // The kernels of other devices have nothing to say.
-  std::string explain(const Args& args, const Target& target) const {
-    std::string text = validate(args, target);
+  std::string explain(const Args& given, const Target& target) const {
+    std::string text = validate(given, target);
     if (!text.empty()) return text;
+    const Args args = canonical(given);
     for (const Kernel<Args>& kernel : kernels) {
       if (kernel.device != target.device_type) continue;
       const std::string reason = kernel.why_not(args, target);
       text.append(text.empty() ? "" : "\n").append(kernel.name).append(": ");
       text.append(reason.empty() ? "runs" : reason);
     }
-    return text.empty() ? why_unsupported(args, target) : text;
+    return text.empty() ? why_unsupported(given, target) : text;
   }
 
  private:

@@ -55,12 +55,9 @@ void store_element(T value, DType dtype, void* dst) {
 // A matrix as Layout::q_rows and k_rows give it, with its strides turned into bytes.
 template <class T>
 Rows erase_type(const MatrixView<T>& matrix, DType dtype) {
-  // Unsigned: the stride of an axis of size 1, which nobody uses, may be any number.
-  const auto bytes = [](std::int64_t stride) {
-    return static_cast<std::int64_t>(static_cast<std::uint64_t>(stride) * sizeof(T));
-  };
-  return {reinterpret_cast<std::byte*>(matrix.data), bytes(matrix.row_stride), bytes(matrix.column_stride),
-          dtype};
+  constexpr std::int64_t kBytes = sizeof(T);
+  return {reinterpret_cast<std::byte*>(matrix.data), matrix.row_stride * kBytes,
+          matrix.column_stride * kBytes, dtype};
 }
 
 inline Rows query_rows(const Layout& layout, const TensorView& tensor, const Sequence& sequence,
