@@ -44,8 +44,8 @@ class Problem(NamedTuple):
     expiry: Tensor | None  # int32, shaped like bias
     score: Tensor | None  # to select from, broadcastable to bias's shape; -inf wherever a key is disabled
     keep_window_size: int | None  # present with score
-    dense_bias: Tensor | None  # broadcastable to [B, H, Sq, Sk], its head axis 1, Hkv or H
-    dense_mask: Tensor | None  # bool, likewise
+    dense_bias: Tensor | None  # [B | 1, 1 | Hkv | H, Sq | 1, Sk], of any floating type
+    dense_mask: Tensor | None  # bool, shaped likewise
     cu_seqlens_q: Tensor | None  # int32 [sequences + 1], packed only
     cu_seqlens_k: Tensor | None
     scale: float
@@ -191,7 +191,7 @@ def _problem(
         expiry=expiry,
         score=score,
         keep_window_size=keep_window_size,
-        dense_bias=None if dense_bias is None else dense_bias.to(accumulate),
+        dense_bias=dense_bias,
         dense_mask=dense_mask,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,

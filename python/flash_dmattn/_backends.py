@@ -1,15 +1,14 @@
 """Which implementation serves a call: an ordered table, each entry with a why_not.
 
-Unless one is asked for, the native kernels run where they can, and the reference takes masks and biases with
-a query axis until they have kernels of their own. The others run on request only: nobody gets a slow path
-unawares.
+Unless one is asked for, the native kernels run or nothing does. The others run on request only: nobody gets a
+slow path unawares.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -125,11 +124,7 @@ def _requested(function: str, name: str | None) -> str | None:
 
 def _choose(problem: Problem, name: str | None) -> Backend:
     name = _requested(problem.function, name)
-    if name is not None:
-        candidates = (name,)
-    else:
-        candidates = ("cuda", "cpu", "reference") if problem.is_dense else ("cuda", "cpu")
-    for candidate in candidates:
+    for candidate in ("cuda", "cpu") if name is None else (name,):
         if not _BY_NAME[candidate].why_not(problem):
             return _BY_NAME[candidate]
 
@@ -204,12 +199,29 @@ def _native_why_not(device: str, problem: Problem) -> str:
         return why_no_kernels(device) or f"the tensors are on {problem.query.device.type}"
     if reason := why_no_kernels(device):
         return reason
-    if device == "cuda":
-        if reason := _gpu_why_not(problem.query.device):
-            return reason
-        if problem.query.dtype not in (torch.bfloat16, torch.float16):
-            return f"takes torch.bfloat16 and float16, got {problem.query.dtype}"
-    return "takes no mask or bias with a query axis yet" if problem.is_dense else ""
+    if device == "cuda" and (reason := _gpu_why_not(problem.query.device)):
+        return reason
+    query, bias = problem.query, problem.dense_bias
+    if torch.compiler.is_compiling() or type(query) not in (Tensor, torch.nn.Parameter):
+        return ""  # the kernels say it when they run
+    bias_dtype = None if bias is None else bias.dtype
+    has_mask = problem.dense_mask is not None
+    return _kernels_why_not(query.device, query.dtype, query.shape[-1], bias_dtype, has_mask)
+
+
+@functools.lru_cache(maxsize=1024)
+def _kernels_why_not(
+    device: torch.device, dtype: torch.dtype, head_dim: int, bias_dtype: torch.dtype | None, has_mask: bool
+) -> str:
+    """What the library says to a small call of this kind: why no kernel takes it, or ""."""
+    query = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
+    bias = None if bias_dtype is None else torch.empty(1, 1, 1, 1, dtype=bias_dtype, device=device)
+    mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=device) if has_mask else None
+    answer = _ops.native.explain(
+        query, query, query, bias, mask, None, None, None, None, None, 0, 1.0, False
+    )  # fmt: skip
+    reasons = [line.partition(": ")[2] for line in answer.splitlines()]
+    return "" if "runs" in reasons else "; ".join(reasons)
 
 
 def _ranked_natively(score: Tensor | None) -> bool:
@@ -222,8 +234,8 @@ def _native_arguments(problem: Problem) -> tuple:
         problem.query,
         problem.key,
         problem.value,
-        problem.bias,
-        None,
+        problem.bias if problem.dense_bias is None else problem.dense_bias,
+        problem.dense_mask,
         problem.expiry,
         problem.score if is_ranked else None,
         None,
@@ -317,9 +329,9 @@ def _reference_select(problem: SelectProblem) -> Tensor:
 
 
 BACKENDS = (
-    Backend("cuda", _cuda_unavailable, partial(_native_why_not, "cuda"), _native_attend, _native_select),
+    Backend("cuda", _cuda_unavailable, functools.partial(_native_why_not, "cuda"), _native_attend, _native_select),
     Backend(
-        "cpu", partial(why_no_kernels, "cpu"), partial(_native_why_not, "cpu"), _native_attend, _native_select
+        "cpu", functools.partial(why_no_kernels, "cpu"), functools.partial(_native_why_not, "cpu"), _native_attend, _native_select
     ),
     Backend("flex", _flex_unavailable, _flex_why_not, _flex_attend, _tensor_select),
     Backend("reference", lambda: "", _reference_why_not, _reference_attend, _reference_select),

@@ -133,6 +133,7 @@ def attention(
     if bias is not None:
         sees = sees & (bias != -math.inf)[:, :, None, None]
     if dense_bias is not None:
+        dense_bias = dense_bias.to(compute_dtype)
         sees = sees & by_group(dense_bias != -math.inf)
     sees = sees.expand(query.shape[0], heads_kv, group, seqlen_q, seqlen_k)
 
@@ -147,7 +148,7 @@ def attention(
         if bias is not None:
             logits = logits + bias.to(compute_dtype)[:, :, None, None]
         if dense_bias is not None:
-            logits = logits + by_group(dense_bias.to(compute_dtype))
+            logits = logits + by_group(dense_bias)
         logits = logits.masked_fill(~sees, -math.inf)
 
         # Softmax shifted by the row's maximum. An empty row (maximum -inf) subtracts 0, since (-inf) - (-inf)

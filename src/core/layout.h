@@ -34,6 +34,13 @@ struct VectorView {
 // Whether a bias has a query axis: [B or 1, 1 or Hkv or H, Sq or 1, Sk].
 inline bool is_dense(const TensorView& bias) { return bias.rank == 4; }
 
+// Whether a row may see other keys than another for more reasons than its position. Args: ForwardArgs or
+// BackwardArgs.
+template <typename Args>
+bool has_dense(const Args& args) {
+  return args.mask.present() || is_dense(args.bias);
+}
+
 // Query row i stands at position i + seqlen_k - seqlen_q; keys stand at their index.
 struct Sequence {
   std::int64_t batch = 0;    // index on the batch axis; 0 if packed
@@ -101,6 +108,24 @@ struct Layout {
     const auto& stride = tensor.stride;
     if (!packed) return {data + sequence.batch * stride[0] + head * stride[1], stride[2]};
     return {data + head * stride[0] + sequence.begin_q * stride[1], stride[1]};
+  }
+
+  // The mask or dense bias of query head `head`, [B or 1, 1 or Hkv or H, Sq or 1, Sk]: a row for each query
+  // row, a column for each key.
+  template <typename T>
+  MatrixView<T> dense_rows(const TensorView& tensor, const Sequence& sequence, std::int64_t head) const {
+    if (!tensor.present()) return {};
+    const auto& shape = tensor.shape;
+    const auto& stride = tensor.stride;
+    const std::int64_t axis_head = shape[1] == 1 ? 0 : shape[1] == heads_q ? head : head / group();
+    return {static_cast<T*>(tensor.data) + (shape[0] == 1 ? 0 : sequence.batch * stride[0]) +
+                axis_head * stride[1],
+            shape[2] == 1 ? 0 : stride[2], stride[3]};
+  }
+
+  // Whether the query heads of a group may differ in a mask or dense bias.
+  bool tells_heads_apart(const TensorView& tensor) const {
+    return tensor.present() && group() > 1 && tensor.shape[1] == heads_q;
   }
 
   TensorView cu_seqlens_q, cu_seqlens_k;  // present if packed; cu_seqlens_q absent in a selection

@@ -19,38 +19,30 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <numbers>
 
 #include "core/parallel.h"
 #include "cpu/backend.h"
+#include "cpu/backward-inl.h"
 #include "cpu/backward.h"
 #include "cpu/bugs.h"
 #include "cpu/reduce_partials.h"
-#include "cpu/tile-inl.h"
+#include "cpu/shared_dbias.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace flash_dmattn::cpu::HWY_NAMESPACE {
 
-// Rows past the tile's end have lse = +inf and dout = 0: their weights and gradients are 0.
+// What the sums over rows need of a tile beyond load_tile.
 template <class T>
-void start_tile(const BackwardProblem& problem, const QueryTile& tile, const BackwardScratch<T>& scratch) {
-  const BackwardArgs& args = problem.args;
+void load_panels(const BackwardProblem& problem, const QueryTile& tile, const BackwardScratch<T>& scratch) {
   const Layout& layout = problem.layout;
-  load_transposed(layout, args.query, tile, scratch.row, scratch.q_transposed);
-  load_transposed(layout, args.dout, tile, scratch.row, scratch.dout_transposed);
-  load_positions(tile, scratch.position);
-  std::fill_n(scratch.lse, tile.num_panels() * kPanel, std::numeric_limits<T>::infinity());
-  std::fill_n(scratch.delta, tile.num_panels() * kPanel, T(0));
-  std::fill_n(scratch.dq, tile.num_rows() * problem.tile_shape.head_dim_padded, T(0));
   const std::int64_t panel_stride = problem.tile_shape.rows * kPanel;
   for (std::int64_t in_group = 0; in_group < tile.group; ++in_group) {
     const std::int64_t head = tile.query_head(in_group);
-    const Rows query = query_rows(layout, args.query, tile.sequence, head);
-    const Rows out = query_rows(layout, args.out, tile.sequence, head);
-    const Rows dout = query_rows(layout, args.dout, tile.sequence, head);
-    const auto lse = layout.per_query<const T>(args.lse, tile.sequence, head);
-    const auto dlse = layout.per_query<const T>(args.dlse, tile.sequence, head);
+    const Rows query = query_rows(layout, problem.args.query, tile.sequence, head);
+    const Rows dout = query_rows(layout, problem.args.dout, tile.sequence, head);
     const std::int64_t visible_dim =
         injected(Bug::kGroupLosesHead) && tile.group > 1 && in_group == tile.group - 1 ? 0 : layout.head_dim;
     for (std::int64_t i = tile.row_begin; i < tile.row_end; ++i) {
@@ -59,87 +51,6 @@ void start_tile(const BackwardProblem& problem, const QueryTile& tile, const Bac
       scatter_to_panels(query_row, visible_dim, layout.head_dim, r, panel_stride, scratch.q_panels);
       const T* dout_row = read_row(dout, i, layout.head_dim, scratch.row);
       scatter_to_panels(dout_row, visible_dim, layout.head_dim, r, panel_stride, scratch.dout_panels);
-      if (lse[i] == -std::numeric_limits<T>::infinity()) continue;
-      const T* out_row = read_row(out, i, layout.head_dim, scratch.out_row);
-      const T row_delta = dot(dout_row, out_row, layout.head_dim);
-      const bool with_dlse = dlse.present() && !injected(Bug::kDlseIgnored);
-      scratch.delta[r] = row_delta * T(injected(Bug::kDeltaOff) ? 1.01 : 1) - (with_dlse ? dlse[i] : T(0));
-      scratch.lse[r] = (lse[i] + T(injected(Bug::kBackwardLseOff) ? 1e-3 : 0)) * std::numbers::log2e_v<T>;
-    }
-  }
-}
-
-template <class T>
-void gather(const BackwardProblem& problem, const QueryTile& tile, const BackwardScratch<T>& scratch,
-            int num_keys) {
-  const std::int64_t head_dim = problem.layout.head_dim;
-  const Rows key = key_rows(problem.layout, problem.args.key, tile.sequence, tile.kv_head);
-  const Rows value = key_rows(problem.layout, problem.args.value, tile.sequence, tile.kv_head);
-  for_each_gathered(key, value, head_dim, scratch.entries, num_keys, [&](int n, std::int32_t j) {
-    T* key_row = scratch.keys + n * head_dim;
-    load_row(key, j, head_dim, key_row);
-    scatter_to_panels(key_row, head_dim, head_dim, n, kTileN * kPanel, scratch.key_panels);
-    load_row(value, j, head_dim, scratch.values + n * head_dim);
-  });
-  const auto bias = problem.layout.per_key<const T>(problem.args.bias, tile.sequence, tile.kv_head);
-  gather_bias(bias, scratch.entries, num_keys, scratch.bias);
-}
-
-// P^T of 16 rows and all keys of the block.
-template <class T, bool kMasked>
-void weight_panel(const TileShape& shape, const BackwardScratch<T>& scratch, std::int64_t panel, T scale_log2,
-                  int num_keys) {
-  constexpr Tag<T> d;
-  const T* q_panel = scratch.q_transposed + panel * shape.head_dim * kPanel;
-  const PanelVisibility<T> visibility(scratch.position + panel * kPanel);
-  const Vec<T> scale = hn::Set(d, scale_log2);
-  Vec<T> lse[kVecs<T>];
-  for (int v = 0; v < kVecs<T>; ++v) lse[v] = hn::Load(d, scratch.lse + panel * kPanel + v * kLanes<T>);
-  for (int n0 = 0; n0 < num_keys; n0 += kTileM<T>) {
-    Vec<T> acc[kTileM<T>][kVecs<T>];
-    multiply<Lhs::kRowMajor>(scratch.keys + n0 * shape.head_dim, shape.head_dim, q_panel, shape.head_dim,
-                             acc);
-    const int valid = HWY_MIN(kTileM<T>, num_keys - n0);
-    T* HWY_RESTRICT row = scratch.weights + n0 * shape.score_stride + panel * kPanel;
-#pragma GCC unroll 16
-    for (int m = 0; m < kTileM<T>; ++m, row += shape.score_stride) {
-      if (m >= valid) break;
-      const Vec<T> bias = hn::Set(d, scratch.bias[n0 + m]);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVecs<T>; ++v) {
-        Vec<T> logit = hn::MulAdd(acc[m][v], scale, bias);
-        if constexpr (kMasked) logit = visibility.mask(logit, v, scratch.entries[n0 + m]);
-        hn::Store(exp2_nonpositive<T>(hn::Sub(logit, lse[v])), d, row + v * kLanes<T>);
-      }
-    }
-  }
-}
-
-// dS^T of 16 rows and all keys of the block, and its sums over the rows.
-template <class T>
-void dscore_panel(const TileShape& shape, const BackwardScratch<T>& scratch, std::int64_t panel,
-                  int num_keys) {
-  constexpr Tag<T> d;
-  const T* dout_panel = scratch.dout_transposed + panel * shape.head_dim * kPanel;
-  Vec<T> delta[kVecs<T>];
-  for (int v = 0; v < kVecs<T>; ++v) delta[v] = hn::Load(d, scratch.delta + panel * kPanel + v * kLanes<T>);
-  for (int n0 = 0; n0 < num_keys; n0 += kTileM<T>) {
-    Vec<T> acc[kTileM<T>][kVecs<T>];
-    multiply<Lhs::kRowMajor>(scratch.values + n0 * shape.head_dim, shape.head_dim, dout_panel, shape.head_dim,
-                             acc);
-    const int valid = HWY_MIN(kTileM<T>, num_keys - n0);
-    const std::int64_t place = n0 * shape.score_stride + panel * kPanel;
-#pragma GCC unroll 16
-    for (int m = 0; m < kTileM<T>; ++m) {
-      if (m >= valid) break;
-#pragma GCC unroll 8
-      for (int v = 0; v < kVecs<T>; ++v) {
-        const std::int64_t lanes = place + m * shape.score_stride + v * kLanes<T>;
-        const Vec<T> dscore = hn::Mul(hn::Load(d, scratch.weights + lanes), hn::Sub(acc[m][v], delta[v]));
-        hn::Store(dscore, d, scratch.dscores + lanes);
-        T* sum = scratch.dbias + (n0 + m) * kPanel + v * kLanes<T>;
-        hn::Store(panel == 0 ? dscore : hn::Add(hn::Load(d, sum), dscore), d, sum);
-      }
     }
   }
 }
@@ -179,10 +90,47 @@ void accumulate_dq(const BackwardProblem& problem, const BackwardScratch<T>& scr
   }
 }
 
+// The gradient of a dense bias where each element belongs to one tile: zeros, until store_dbias finds more.
+template <class T>
+void clear_dbias(const BackwardProblem& problem, const QueryTile& tile) {
+  const TensorView& dbias = problem.args.dbias;
+  const std::int64_t heads = problem.layout.tells_heads_apart(dbias) ? tile.group : 1;
+  for (std::int64_t in_group = 0; in_group < heads; ++in_group) {
+    const Rows rows = dense_rows(problem.layout, dbias, tile.sequence, tile.query_head(in_group));
+    for (std::int64_t i = tile.row_begin; i < tile.row_end; ++i) {
+      if (rows.unit_stride()) {
+        std::memset(rows.row(i), 0, tile.sequence.seqlen_k * dtype_size(rows.dtype));
+        continue;
+      }
+      for (std::int64_t key = 0; key < tile.sequence.seqlen_k; ++key) {
+        store_element(T(0), rows.dtype, rows.at(i, key));
+      }
+    }
+  }
+}
+
+template <class T>
+void store_dbias(const BackwardProblem& problem, const QueryTile& tile, const BackwardScratch<T>& scratch,
+                 int num_keys) {
+  const TensorView& dbias = problem.args.dbias;
+  const std::int64_t heads = problem.layout.tells_heads_apart(dbias) ? tile.group : 1;
+  const std::int64_t stride = problem.tile_shape.score_stride;
+  for (std::int64_t in_group = 0; in_group < heads; ++in_group) {
+    const Rows rows = dense_rows(problem.layout, dbias, tile.sequence, tile.query_head(in_group));
+    for (std::int64_t i = tile.row_begin; i < tile.row_end; ++i) {
+      const T* dscores = scratch.dscores + tile.tile_row(i, in_group);
+      for (int n = 0; n < num_keys; ++n, dscores += stride) {
+        store_element(sum_of_heads(dscores, tile.group / heads), rows.dtype,
+                      rows.at(i, scratch.entries[n].key));
+      }
+    }
+  }
+}
+
 // The five products of one block of keys. `partial` holds the sums of the segment.
 template <class T>
 void process_block(const BackwardProblem& problem, const QueryTile& tile, const BackwardScratch<T>& scratch,
-                   bool masked, int num_keys, T* partial, T* partial_dbias) {
+                   Visibility visibility, int num_keys, T* partial, T* partial_dbias) {
   const BackwardArgs& args = problem.args;
   const PartialShape& shape = problem.partial_shape;
   gather(problem, tile, scratch, num_keys);
@@ -192,24 +140,21 @@ void process_block(const BackwardProblem& problem, const QueryTile& tile, const 
     scratch.dv_rows[n] = n < num_keys ? sums + shape.dk_width : scratch.unused_row;
     if (injected(Bug::kLoseOneDv) && n == 3) scratch.dv_rows[n] = scratch.unused_row;
   }
-  const T scale_log2 = static_cast<T>(args.scale * std::numbers::log2e);
-  const auto weigh = masked ? weight_panel<T, true> : weight_panel<T, false>;
-  for (std::int64_t panel = 0; panel < tile.num_panels(); ++panel) {
-    weigh(problem.tile_shape, scratch, panel, scale_log2, num_keys);
-  }
+  weigh_block(problem, tile, scratch, visibility, num_keys);
   if (args.dv.present()) {
     accumulate_keys(problem, scratch.weights, scratch.dout_panels, tile.num_rows(), num_keys,
                     scratch.dv_rows);
   }
-  if (!args.dq.present() && !args.dk.present() && !args.dbias.present()) return;
-  for (std::int64_t panel = 0; panel < tile.num_panels(); ++panel) {
-    dscore_panel(problem.tile_shape, scratch, panel, num_keys);
-  }
+  const bool need_dbias = args.dbias.present() && problem.dense_dbias != DenseDbias::kShared;
+  if (!args.dq.present() && !args.dk.present() && !need_dbias) return;
+  differentiate_block(problem, tile, scratch, visibility, num_keys);
   if (args.dk.present()) {
     accumulate_keys(problem, scratch.dscores, scratch.q_panels, tile.num_rows(), num_keys, scratch.dk_rows);
   }
   if (args.dq.present()) accumulate_dq(problem, scratch, tile.num_rows(), num_keys);
-  if (args.dbias.present()) {
+  if (problem.dense_dbias == DenseDbias::kPerTile) {
+    store_dbias(problem, tile, scratch, num_keys);
+  } else if (need_dbias) {
     for (int n = 0; n < num_keys; ++n) {
       if (injected(Bug::kLoseOneDbias) && n == 2) continue;
       T sum = 0;
@@ -248,7 +193,7 @@ void backward_segment(const BackwardProblem& problem, const SegmentItem& item, i
   T* partial_dbias = partial + num_keys_listed * partial_shape.width();
 
   Arena arena(Workspace{problem.scratch + worker * problem.scratch_bytes, problem.scratch_bytes});
-  const BackwardScratch<T> scratch(problem.tile_shape, arena);
+  const BackwardScratch<T> scratch(problem.tile_shape, has_dense(problem.args), arena);
   for (std::int64_t row = segment.row_begin; row < segment.row_end;) {
     const std::int64_t row_end = plan_shape.tile_row_begin(plan_shape.tile_of_row(row) + 1);
     const QueryTile tile{.sequence = sequence,
@@ -257,12 +202,23 @@ void backward_segment(const BackwardProblem& problem, const SegmentItem& item, i
                          .row_begin = row,
                          .row_end = row_end,
                          .offset = plan_shape.offset()};
-    start_tile(problem, tile, scratch);
+    load_tile(problem, tile, scratch);
+    load_panels(problem, tile, scratch);
+    std::fill_n(scratch.dq, tile.num_rows() * problem.tile_shape.head_dim_padded, T(0));
     TileKeys keys(plan, segment, plan_shape, row, row_end);
-    const auto bias = problem.layout.per_key<const T>(problem.args.bias, sequence, tile.kv_head);
-    bool masked = false;
-    while (const int num_keys = keys.next(bias, kTileN, scratch.entries, scratch.places, &masked)) {
-      process_block(problem, tile, scratch, masked, num_keys, partial, partial_dbias);
+    if (has_dense(problem.args)) {
+      if (problem.dense_dbias == DenseDbias::kPerTile) clear_dbias<T>(problem, tile);
+      DenseKeys<T> dense(problem.args, problem.layout, problem.tile_shape, tile, keys, scratch);
+      while (const int num_keys = dense.next()) {
+        process_block(problem, tile, scratch, Visibility::kDense, num_keys, partial, partial_dbias);
+      }
+    } else {
+      const auto bias = problem.layout.per_key<const T>(problem.args.bias, sequence, tile.kv_head);
+      bool masked = false;
+      while (const int num_keys = keys.next(bias, kTileN, scratch.entries, scratch.places, &masked)) {
+        const Visibility visibility = masked ? Visibility::kIntervals : Visibility::kAll;
+        process_block(problem, tile, scratch, visibility, num_keys, partial, partial_dbias);
+      }
     }
     if (problem.args.dq.present()) store_dq(problem, tile, scratch);
     row = row_end;
@@ -304,9 +260,9 @@ BackwardProblem make_problem(const BackwardArgs& args, int num_workers, Arena& a
   const TileShape tile_shape(layout, kBackwardRows);
   const PartialShape partial_shape{.dk_width = args.dk.present() ? tile_shape.head_dim_padded : 0,
                                    .dv_width = args.dv.present() ? tile_shape.head_dim_padded : 0,
-                                   .dbias_width = args.dbias.present() ? 1 : 0};
+                                   .dbias_width = args.dbias.present() && !is_dense(args.bias) ? 1 : 0};
   Arena worker;
-  BackwardScratch<T>(tile_shape, worker);
+  BackwardScratch<T>(tile_shape, has_dense(args), worker);
   Plans plans(layout, args.causal, args.expiry.present(), tile_shape.positions, arena);
   // A list names a key once; the lists of one head together name it at most kMaxEntriesPerKey times.
   const std::int64_t longest = partial_shape.elements(layout.max_seqlen_k);
@@ -322,8 +278,14 @@ BackwardProblem make_problem(const BackwardArgs& args, int num_workers, Arena& a
   SegmentItem* items = arena.take<SegmentItem>(plans.max_segments());
   void* dk_sum = take_sum(args.dk);
   void* dv_sum = take_sum(args.dv);
-  return {args,    layout, tile_shape, partial_shape, plans,  worker.bytes(),
-          scratch, wave,   partial,    items,         dk_sum, dv_sum};
+  const DenseDbias dense_dbias = find_dense_dbias(args, layout);
+  T* shared_dbias = nullptr;
+  if (dense_dbias == DenseDbias::kShared) {
+    shared_dbias = arena.take<T>(num_workers *
+                                 SharedDbias(args, layout, plans.shape(layout.sequence(0))).sums_of_worker());
+  }
+  return {args, layout,  tile_shape, partial_shape, plans,  worker.bytes(), scratch,
+          wave, partial, items,      dk_sum,        dv_sum, dense_dbias,    shared_dbias};
 }
 
 template <class T>
@@ -342,7 +304,9 @@ void run(const BackwardArgs& args, const ParallelFor& parallel_for, const Worksp
     add_partials<T>(problem, num_items, parallel_for);
     num_items = used = 0;
   };
-  const std::int64_t heads_read = problem.layout.heads_q == 0 ? 0 : problem.plans.num_heads();
+  const bool all_shared = problem.dense_dbias == DenseDbias::kShared && !args.dq.present() &&
+                          !args.dk.present() && !args.dv.present();
+  const std::int64_t heads_read = problem.layout.heads_q == 0 || all_shared ? 0 : problem.plans.num_heads();
   for (std::int64_t head_index = 0; head_index < heads_read; ++head_index) {
     const Plan& plan = problem.plans[head_index];
     for (std::int64_t s = 0; s < plan.num_segments; ++s) {
@@ -355,12 +319,12 @@ void run(const BackwardArgs& args, const ParallelFor& parallel_for, const Worksp
   }
   run_wave();
   store_key_sums<T>(problem, parallel_for);
+  if (problem.dense_dbias == DenseDbias::kShared) sum_shared_dbias<T>(problem, parallel_for);
 }
 
 }  // namespace
 
 std::string backward_why_not(const BackwardArgs& args, const Target& /*target*/) {
-  if (is_dense(args.bias) || args.mask.present()) return "takes no mask or bias with a query axis";
   return args.plan.present() ? "takes no plan" : "";
 }
 

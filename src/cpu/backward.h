@@ -36,10 +36,11 @@ struct BackwardScratch {
   T** dk_rows;  // [kTileN + kMaxTileM], where the sums of each gathered key are
   T** dv_rows;  // likewise
   std::int32_t* position;  // [rows_padded]
-  PlanEntry* entries;      // [kTileN]
-  std::int32_t* places;    // [kTileN]
+  PlanEntry* entries;      // [2 kTileN], of which a block is the first kTileN
+  std::int32_t* places;    // [2 kTileN]
+  DenseScratch<T> dense;
 
-  BackwardScratch(const TileShape& shape, Arena& arena)
+  BackwardScratch(const TileShape& shape, bool is_dense, Arena& arena)
       : q_transposed(arena.take<T>(shape.rows_padded * shape.head_dim)),
         dout_transposed(arena.take<T>(shape.rows_padded * shape.head_dim)),
         q_panels(arena.take<T>(shape.rows * shape.head_dim_padded)),
@@ -60,8 +61,9 @@ struct BackwardScratch {
         dk_rows(arena.take<T*>(kTileN + kMaxTileM)),
         dv_rows(arena.take<T*>(kTileN + kMaxTileM)),
         position(arena.take<std::int32_t>(shape.rows_padded)),
-        entries(arena.take<PlanEntry>(kTileN)),
-        places(arena.take<std::int32_t>(kTileN)) {}
+        entries(arena.take<PlanEntry>(2 * kTileN)),
+        places(arena.take<std::int32_t>(2 * kTileN)),
+        dense(shape, is_dense, arena) {}
 };
 
 // A segment of one head: the unit of work. Its keys' sums of dk, dv and dbias over its rows are partial:
@@ -84,6 +86,21 @@ struct PartialShape {
   }
 };
 
+// Who computes the gradient of a dense bias.
+enum class DenseDbias {
+  kNone,     // nobody: it is not wanted, or the bias is key-only
+  kPerTile,  // each element belongs to one query tile, which stores it
+  kShared,   // sequences, key/value heads or tiles share elements: shared_dbias.cpp sums over them
+};
+
+inline DenseDbias find_dense_dbias(const BackwardArgs& args, const Layout& layout) {
+  if (!args.dbias.present() || !is_dense(args.bias)) return DenseDbias::kNone;
+  const auto& shape = args.bias.shape;
+  const bool per_tile = shape[0] == layout.num_sequences && shape[2] == layout.max_seqlen_q &&
+                        (shape[1] == layout.heads_q || shape[1] == layout.heads_kv);
+  return per_tile ? DenseDbias::kPerTile : DenseDbias::kShared;
+}
+
 struct BackwardProblem {
   const BackwardArgs& args;
   Layout layout;
@@ -97,6 +114,8 @@ struct BackwardProblem {
   SegmentItem* items;          // segments of one wave
   void* dk_sum;                // [total_k][heads_kv][head_dim_padded]; null: dk itself serves
   void* dv_sum;                // likewise
+  DenseDbias dense_dbias;
+  void* shared_dbias;  // [num_workers][SharedDbias::sums_of_worker], for kShared alone
 };
 
 }  // namespace flash_dmattn::cpu

@@ -36,6 +36,9 @@ enum class Bug : int {
   kSegmentCountedTwice,
   kEmptyRowNotZero,
   kLowPrecisionDq,
+  kMaskRowBefore,
+  kDenseBiasWrongHead,
+  kLoseOneSharer,
 };
 
 inline constexpr const char* kBugNames[] = {
@@ -61,6 +64,9 @@ inline constexpr const char* kBugNames[] = {
     "the first key of a segment is counted twice in dk and dv",
     "a row without keys returns ones",
     "dq is accumulated in bfloat16",
+    "a row reads the mask of the row before",
+    "the heads of a group read the dense bias of the first",
+    "the gradient of a shared dense bias loses its first tile",
 };
 
 inline constexpr bool kBugHooks = FLASH_DMATTN_BUG_HOOKS != 0;

@@ -24,6 +24,7 @@
 #include "core/parallel.h"
 #include "cpu/backend.h"
 #include "cpu/bugs.h"
+#include "cpu/dense-inl.h"
 #include "cpu/forward.h"
 #include "cpu/tile-inl.h"
 
@@ -52,12 +53,12 @@ void gather(const ForwardProblem& problem, const QueryTile& tile, const ForwardS
     const T* value_row = read_row(value, j, head_dim, scratch.row);
     scatter_to_panels(value_row, head_dim, head_dim, n, kTileN * kPanel, scratch.value_panels);
   });
-  const auto bias = problem.layout.per_key<const T>(problem.args.bias, tile.sequence, kv_head);
+  const auto bias = key_only<const T>(problem.layout, problem.args.bias, tile.sequence, kv_head);
   gather_bias(bias, scratch.entries, num_keys, scratch.bias);
 }
 
 // Logits of 16 rows and all keys of the block, and the rows' largest.
-template <class T, bool kMasked>
+template <class T, Visibility kVisibility>
 void score_panel(const TileShape& shape, const ForwardScratch<T>& scratch, std::int64_t panel, T scale_log2,
                  int num_keys, T* HWY_RESTRICT block_max) {
   constexpr Tag<T> d;
@@ -80,7 +81,13 @@ void score_panel(const TileShape& shape, const ForwardScratch<T>& scratch, std::
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs<T>; ++v) {
         Vec<T> logit = hn::MulAdd(acc[m][v], scale, bias);
-        if constexpr (kMasked) logit = visibility.mask(logit, v, scratch.entries[n0 + m]);
+        if constexpr (kVisibility == Visibility::kIntervals) {
+          logit = visibility.mask(logit, v, scratch.entries[n0 + m]);
+        }
+        if constexpr (kVisibility == Visibility::kDense) {
+          const T* addend = scratch.dense.addend + (row - scratch.scores) + v * kLanes<T>;
+          logit = dense_logit<T>(acc[m][v], scale, hn::Load(d, addend));
+        }
         hn::Store(logit, d, row + v * kLanes<T>);
         largest[v] = hn::Max(largest[v], logit);
       }
@@ -162,6 +169,21 @@ void store_results(const ForwardProblem& problem, const QueryTile& tile, const F
   }
 }
 
+template <class T, Visibility kVisibility>
+void process_block(const ForwardProblem& problem, const QueryTile& tile, const ForwardScratch<T>& scratch,
+                   T scale_log2, int num_keys) {
+  gather(problem, tile, scratch, num_keys);
+  for (std::int64_t panel = 0; panel < tile.num_panels(); ++panel) {
+    alignas(64) T block_max[kPanel];
+    score_panel<T, kVisibility>(problem.tile_shape, scratch, panel, scale_log2, num_keys, block_max);
+    if (injected(Bug::kDropOneKey) && panel % 4 == 1) {
+      scratch.scores[panel * kPanel] = -std::numeric_limits<T>::infinity();
+    }
+    softmax_panel(scratch, panel, problem.tile_shape.score_stride, num_keys, block_max);
+  }
+  accumulate_output(problem, scratch, tile.num_rows(), num_keys);
+}
+
 template <class T>
 void forward_tile(const ForwardProblem& problem, std::int64_t index, int worker) {
   const Plans::Tile place = problem.plans.locate_tile(index);
@@ -174,26 +196,25 @@ void forward_tile(const ForwardProblem& problem, std::int64_t index, int worker)
                        .row_end = plan_shape.tile_row_begin(place.tile + 1),
                        .offset = plan_shape.offset()};
   Arena arena(Workspace{problem.scratch + worker * problem.scratch_bytes, problem.scratch_bytes});
-  const ForwardScratch<T> scratch(problem.tile_shape, arena);
+  const ForwardScratch<T> scratch(problem.tile_shape, has_dense(problem.args), arena);
   start_tile(problem, tile, scratch);
 
   const double scale = problem.args.scale * (injected(Bug::kScaleOff) ? 1.01 : 1.0);
   const T scale_log2 = static_cast<T>(scale * std::numbers::log2e);
   TileKeys keys(plan, plan.segment_of_row(tile.row_begin), plan_shape, tile.row_begin, tile.row_end);
-  const auto bias = problem.layout.per_key<const T>(problem.args.bias, tile.sequence, tile.kv_head);
-  bool masked = false;
-  while (const int num_keys = keys.next(bias, kTileN, scratch.entries, scratch.places, &masked)) {
-    gather(problem, tile, scratch, num_keys);
-    for (std::int64_t panel = 0; panel < tile.num_panels(); ++panel) {
-      alignas(64) T block_max[kPanel];
-      const auto score = masked ? score_panel<T, true> : score_panel<T, false>;
-      score(problem.tile_shape, scratch, panel, scale_log2, num_keys, block_max);
-      if (injected(Bug::kDropOneKey) && panel % 4 == 1) {
-        scratch.scores[panel * kPanel] = -std::numeric_limits<T>::infinity();
-      }
-      softmax_panel(scratch, panel, problem.tile_shape.score_stride, num_keys, block_max);
+  if (has_dense(problem.args)) {
+    DenseKeys<T> dense(problem.args, problem.layout, problem.tile_shape, tile, keys, scratch);
+    while (const int num_keys = dense.next()) {
+      process_block<T, Visibility::kDense>(problem, tile, scratch, scale_log2, num_keys);
     }
-    accumulate_output(problem, scratch, tile.num_rows(), num_keys);
+  } else {
+    const auto bias = problem.layout.per_key<const T>(problem.args.bias, tile.sequence, tile.kv_head);
+    bool masked = false;
+    while (const int num_keys = keys.next(bias, kTileN, scratch.entries, scratch.places, &masked)) {
+      const auto process =
+          masked ? process_block<T, Visibility::kIntervals> : process_block<T, Visibility::kAll>;
+      process(problem, tile, scratch, scale_log2, num_keys);
+    }
   }
   store_results(problem, tile, scratch);
 }
@@ -224,9 +245,9 @@ ForwardProblem make_problem(const ForwardArgs& args, int num_workers, Arena& are
   const TileShape tile_shape(layout, kForwardRows);
   Arena worker;
   if (args.query.dtype == DType::kFloat64) {
-    ForwardScratch<double>(tile_shape, worker);
+    ForwardScratch<double>(tile_shape, has_dense(args), worker);
   } else {
-    ForwardScratch<float>(tile_shape, worker);
+    ForwardScratch<float>(tile_shape, has_dense(args), worker);
   }
   Plans plans(layout, args.causal, args.expiry.present(), tile_shape.positions, arena);
   std::byte* scratch = arena.take<std::byte>(worker.bytes() * num_workers);
@@ -236,7 +257,6 @@ ForwardProblem make_problem(const ForwardArgs& args, int num_workers, Arena& are
 }  // namespace
 
 std::string forward_why_not(const ForwardArgs& args, const Target& /*target*/) {
-  if (is_dense(args.bias) || args.mask.present()) return "takes no mask or bias with a query axis";
   return args.plan.present() ? "takes no plan" : "";
 }
 

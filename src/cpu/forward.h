@@ -26,10 +26,11 @@ struct ForwardScratch {
   T* rescale;              // [rows_padded + kMaxTileM], what a block's new maximum makes of the earlier sums
   T* bias;                 // [kTileN], in units of log 2
   std::int32_t* position;  // [rows_padded]
-  PlanEntry* entries;      // [kTileN]
-  std::int32_t* places;    // [kTileN]
+  PlanEntry* entries;      // [2 kTileN], of which a block is the first kTileN
+  std::int32_t* places;    // [2 kTileN]
+  DenseScratch<T> dense;
 
-  ForwardScratch(const TileShape& shape, Arena& arena)
+  ForwardScratch(const TileShape& shape, bool is_dense, Arena& arena)
       : q_panels(arena.take<T>(shape.rows_padded * shape.head_dim)),
         keys(arena.take<T>(kTileN * shape.head_dim)),
         value_panels(arena.take<T>(kTileN * shape.head_dim_padded)),
@@ -41,8 +42,9 @@ struct ForwardScratch {
         rescale(arena.take<T>(shape.rows_padded + kMaxTileM)),
         bias(arena.take<T>(kTileN)),
         position(arena.take<std::int32_t>(shape.rows_padded)),
-        entries(arena.take<PlanEntry>(kTileN)),
-        places(arena.take<std::int32_t>(kTileN)) {}
+        entries(arena.take<PlanEntry>(2 * kTileN)),
+        places(arena.take<std::int32_t>(2 * kTileN)),
+        dense(shape, is_dense, arena) {}
 };
 
 struct ForwardProblem {

@@ -123,6 +123,16 @@ TileKeys::TileKeys(const Plan& plan, const Segment& segment, const PlanShape& sh
       last_position_(row_end - 1 + shape.offset()),
       causal_(shape.causal) {}
 
+void TileKeys::restrict_to(std::int64_t key_begin, std::int64_t key_end) {
+  const auto place_of = [this](std::int64_t key) {
+    if (entries_ == nullptr) return std::clamp(key, begin_, end_);
+    const auto before = [](const PlanEntry& entry, std::int64_t bound) { return entry.key < bound; };
+    return std::lower_bound(entries_ + begin_, entries_ + end_, key, before) - entries_;
+  };
+  place_ = place_of(key_begin);
+  end_ = place_of(key_end);
+}
+
 template <class T>
 int TileKeys::next(VectorView<const T> bias, int capacity, PlanEntry* entries, std::int32_t* places,
                    bool* partial) {

@@ -62,6 +62,9 @@ class TileKeys {
   TileKeys(const Plan& plan, const Segment& segment, const PlanShape& shape, std::int64_t row_begin,
            std::int64_t row_end);
 
+  // Leaves out the keys outside [key_begin, key_end).
+  void restrict_to(std::int64_t key_begin, std::int64_t key_end);
+
   // Fills at most `capacity` entries and their places in the segment's list, counted from its beginning. Sets
   // *partial if some of the tile's rows do not see one of them. Returns their number; 0 when the tile has no
   // more. A bias of -inf disables its key, whatever its expiry.

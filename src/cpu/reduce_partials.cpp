@@ -57,7 +57,7 @@ struct KeySums {
   KeySums(const BackwardProblem& problem, const Chunk& chunk)
       : dk(sums_of<T>(problem, chunk, problem.dk_sum, problem.args.dk)),
         dv(sums_of<T>(problem, chunk, problem.dv_sum, problem.args.dv)),
-        dbias(problem.layout.per_key<T>(problem.args.dbias, chunk.sequence, chunk.head)) {}
+        dbias(key_only<T>(problem.layout, problem.args.dbias, chunk.sequence, chunk.head)) {}
 };
 
 template <class T>

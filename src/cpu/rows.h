@@ -17,7 +17,11 @@ struct Rows {
   DType dtype = DType::kFloat32;
 
   bool unit_stride() const { return column_bytes == static_cast<std::int64_t>(dtype_size(dtype)); }
+  bool present() const { return data != nullptr; }
   std::byte* row(std::int64_t index) const { return data + index * row_bytes; }
+  std::byte* at(std::int64_t row, std::int64_t column) const {
+    return this->row(row) + column * column_bytes;
+  }
 };
 
 // One element of any floating-point type.
@@ -82,6 +86,28 @@ inline Rows key_rows(const Layout& layout, const TensorView& tensor, const Seque
     default:
       return erase_type(layout.k_rows<std::uint16_t>(tensor, sequence, head), tensor.dtype);
   }
+}
+
+// Of a mask or a dense bias: a row for each query row, a column for each key.
+inline Rows dense_rows(const Layout& layout, const TensorView& tensor, const Sequence& sequence,
+                       std::int64_t head) {
+  switch (dtype_size(tensor.dtype)) {
+    case 8:
+      return erase_type(layout.dense_rows<double>(tensor, sequence, head), tensor.dtype);
+    case 4:
+      return erase_type(layout.dense_rows<float>(tensor, sequence, head), tensor.dtype);
+    case 2:
+      return erase_type(layout.dense_rows<std::uint16_t>(tensor, sequence, head), tensor.dtype);
+    default:
+      return erase_type(layout.dense_rows<std::uint8_t>(tensor, sequence, head), tensor.dtype);
+  }
+}
+
+// One number per key of a bias or its gradient; absent where it is dense.
+template <class T>
+VectorView<T> key_only(const Layout& layout, const TensorView& bias, const Sequence& sequence,
+                       std::int64_t kv_head) {
+  return is_dense(bias) ? VectorView<T>{} : layout.per_key<T>(bias, sequence, kv_head);
 }
 
 }  // namespace flash_dmattn::cpu

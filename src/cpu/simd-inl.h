@@ -165,7 +165,8 @@ HWY_INLINE void copy_values(const T* src, std::size_t count, T* HWY_RESTRICT dst
 template <class T>
 HWY_INLINE void load_row(const Rows& rows, std::int64_t index, std::size_t count, T* HWY_RESTRICT dst) {
   const std::byte* src = rows.row(index);
-  if (!rows.unit_stride()) {
+  const bool widens = sizeof(T) == sizeof(float) && dtype_size(rows.dtype) == 2;
+  if (!rows.unit_stride() || !(holds<T>(rows) || widens)) {
     for (std::size_t i = 0; i < count; ++i) {
       dst[i] = load_element<T>(src + static_cast<std::int64_t>(i) * rows.column_bytes, rows.dtype);
     }

@@ -57,7 +57,11 @@ HWY_INLINE Vec<T> round_to_bfloat16(Vec<T> x) {
   return hn::Load(Tag<T>(), lanes);
 }
 
-// The visibility test, for the 16 rows of a panel: key <= position < expiry.
+// Which rows of a tile see the keys of a block: all of them; those of the keys' intervals; those that the
+// mask or dense bias lets.
+enum class Visibility { kAll, kIntervals, kDense };
+
+// The visibility test of intervals, for the 16 rows of a panel: key <= position < expiry.
 template <class T>
 class PanelVisibility {
  public:

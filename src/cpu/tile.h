@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/layout.h"
+#include "core/workspace.h"
 #include "cpu/config.h"
 #include "cpu/plan.h"
 
@@ -32,6 +33,19 @@ struct TileShape {
     head_dim = layout.head_dim;
     head_dim_padded = round_up(head_dim, kPanel);
   }
+};
+
+// A worker's memory for the keys of a tile under a mask or a dense bias; none where there is neither.
+template <class T>
+struct DenseScratch {
+  T* addend;           // [2 kTileN][score_stride]: bias in units of log 2; -inf: the row does not see the key
+  T* values;           // [kTileN]
+  std::uint8_t* seen;  // [kTileN]
+
+  DenseScratch(const TileShape& shape, bool is_dense, Arena& arena)
+      : addend(arena.take<T>(is_dense ? 2 * kTileN * shape.score_stride : 0)),
+        values(arena.take<T>(is_dense ? kTileN : 0)),
+        seen(arena.take<std::uint8_t>(is_dense ? kTileN : 0)) {}
 };
 
 // Row r is head r % group of the group, at position row_begin + r / group.

@@ -28,7 +28,11 @@ class Case:
     causal: bool = True
     score: str = "normal"  # a key of SCORES
     score_dtype: str | None = None  # None: the accumulation type
-    bias: str = "score"  # "score": the scores themselves; "separate"; "none"
+    bias: str = "score"  # key-only: "score": the scores themselves; "separate"; "none"
+    dense_bias: str | None = None  # instead of it, a bias of this form, such as "B H Sq Sk" or "1 Hkv 1 Sk"
+    dense_dtype: str | None = None  # None: the accumulation type
+    mask: str | None = None  # of this form
+    visible: float = 0.3  # the share of the mask that is True
     scale: float | None = None
     logit: float = 1.0  # standard deviation of scale * <q, k>
     dlse: bool = False
@@ -41,6 +45,10 @@ class Case:
         changed = [f for f in fields(self) if getattr(self, f.name) != f.default]
         return "Case(" + ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in changed) + ")"
 
+    def sizes(self, form: str) -> list[int]:
+        axes = dict(B=self.batch, H=self.heads_q, Hkv=self.heads_kv, Sq=self.seqlen_q, Sk=self.seqlen_k)
+        return [1 if axis == "1" else axes[axis] for axis in form.split()]
+
     @property
     def id(self) -> str:
         shape = "+".join(f"{q}x{k}" for q, k in self.lengths) if self.lengths is not None else None
@@ -49,6 +57,8 @@ class Case:
             "causal" if self.causal else "full",
             self.score if self.keep_window is not None else "",
             f"bias={self.bias}" if self.bias != "score" else "",
+            f"bias[{self.dense_bias}]{self.dense_dtype or ''}" if self.dense_bias else "",
+            f"mask[{self.mask}]{self.visible:g}" if self.mask else "",
             f"scale={self.scale}" if self.scale is not None else "",
             f"logit={self.logit:g}" if self.logit != 1 else "",
             f"scores={self.score_dtype}" if self.score_dtype else "",
@@ -82,6 +92,14 @@ class Problem:
     cu_seqlens_k: torch.Tensor | None = None
     dlse: torch.Tensor | None = None
 
+    @property
+    def has_dense_bias(self) -> bool:
+        return self.bias is not None and self.bias.dim() == 4
+
+    @property
+    def is_dense(self) -> bool:
+        return self.mask is not None or self.has_dense_bias
+
     def replace(self, **changes) -> "Problem":
         return replace(self, **changes)
 
@@ -106,7 +124,7 @@ class Problem:
         )
 
     def ranked_score(self) -> torch.Tensor:
-        if self.bias is None or self.bias is self.score:
+        if self.bias is None or self.bias is self.score or self.has_dense_bias:
             return self.score
         disabled = (self.bias == -torch.inf).expand(self.score.shape)
         return self.score.masked_fill(disabled, -torch.inf)
@@ -193,6 +211,14 @@ def make(case: Case) -> Problem:
             torch.tensor([0, *accumulate(n[side] for n in case.lengths)], dtype=torch.int32)
             for side in (0, 1)
         ]
+    dlse = _normal(lse_shape, generator).to(accumulation(dtype)) if case.dlse else None
+    mask = None
+    if case.mask is not None:
+        mask = _uniform(case.sizes(case.mask), generator) < case.visible
+    if case.dense_bias is not None:
+        drawn = _normal(case.sizes(case.dense_bias), generator)
+        drawn.masked_fill_(_uniform(drawn.shape, generator) < 0.1, -torch.inf)
+        bias = drawn.to(DTYPES[case.dense_dtype] if case.dense_dtype else accumulation(dtype))
     return Problem(
         query=query,
         key=key,
@@ -201,11 +227,12 @@ def make(case: Case) -> Problem:
         scale=scale,
         causal=case.causal,
         bias=bias,
+        mask=mask,
         score=score,
         keep_window=case.keep_window,
         num_sinks=case.num_sinks,
         local_window=case.local_window,
         cu_seqlens_q=cu[0],
         cu_seqlens_k=cu[1],
-        dlse=_normal(lse_shape, generator).to(accumulation(dtype)) if case.dlse else None,
+        dlse=dlse,
     )

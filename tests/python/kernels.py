@@ -121,9 +121,13 @@ class PublicKernel:
         """The public function on the tensors as they are; (out, lse)."""
         edited = problem.num_sinks or problem.local_window
         arguments = dict(
-            attn_bias=problem.bias, scale=problem.scale, is_causal=problem.causal, return_lse=True
+            attn_bias=problem.bias,
+            attn_mask=problem.mask,
+            scale=problem.scale,
+            is_causal=problem.causal,
+            return_lse=True,
         )
-        if problem.score is not None and not edited:
+        if problem.score is not None and not edited and not problem.is_dense:
             score = None if problem.score is problem.bias else problem.score
             arguments |= dict(keep_window_size=problem.keep_window, attn_score=score)
         else:

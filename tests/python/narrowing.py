@@ -11,7 +11,7 @@ from probe import LARGEST_WINDOW, Probe
 # The suites that judge a kernel's operators. The others go through the public functions, whatever the
 # kernel.
 SUITES = (
-    "test_attention test_bitwise test_concurrency test_errors test_fuzz test_layouts test_non_finite test_plan "
+    "test_attention test_bitwise test_concurrency test_dense test_errors test_fuzz test_layouts test_non_finite test_plan "
     "test_poison test_probe test_properties test_reductions test_selection"
 ).split()
 # Of these, what an emulated kernel is not run on: what goes through the public functions, what concerns no
@@ -26,7 +26,9 @@ NOT_EMULATED = {
     "test_large_numbers_in_uninitialised_memory",
     "test_more_heads_than_a_grid_has_rows",
     "test_numbers_of_threads",
+    "test_the_gradient_of_a_bias_has_its_type",
     "test_the_gradient_of_a_sum_is_expanded",
+    "test_the_quick_start_of_the_original",
 }
 # Their types are those of scores: float32 is always taken.
 OF_SCORES = ("test_plan", "test_selection")

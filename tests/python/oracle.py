@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cases import Problem
+from cases import Problem, accumulation
 
 CHUNK = 1 << 20
 FLOAT32 = 2.0**-24
@@ -38,9 +38,12 @@ class Answer:
     def zeros(cls, shape) -> "Answer":
         return cls(*(torch.zeros(shape, dtype=torch.float64) for _ in range(7)))
 
+    def map(self, function) -> "Answer":
+        return Answer(*(function(part) for part in vars(self).values()))
+
     def __getitem__(self, index) -> "Answer":
         """A view: what is written to it is written to the whole."""
-        return Answer(*(part[index] for part in vars(self).values()))
+        return self.map(lambda part: part[index])
 
 
 @dataclass
@@ -49,12 +52,10 @@ class Expected:
     # Of the logits that some row sees; or the products it cancelled from, less the 8 that every rule allows.
     largest_logit: float
     expiry: torch.Tensor | None
+    dbias_dtype: torch.dtype
 
 
-def expected(
-    problem: Problem, dense_bias: torch.Tensor | None = None, dense_mask: torch.Tensor | None = None
-) -> Expected:
-    """dense_bias, dense_mask: already expanded to [B, H, Sq, Sk]; then dbias has that shape too."""
+def expected(problem: Problem) -> Expected:
     query, key, value, dout = (
         getattr(problem, name).detach().cpu().double() for name in ("query", "key", "value", "dout")
     )
@@ -62,9 +63,11 @@ def expected(
     heads_q, heads_kv = query.shape[-2], key.shape[-2]
     lse_shape = (heads_q, query.shape[0]) if packed else (query.shape[0], heads_q, query.shape[1])
     bias_shape = key.shape[:-1] if packed else (key.shape[0], heads_kv, key.shape[1])
-    has_bias = problem.bias is not None or dense_bias is not None
+    has_bias = problem.bias is not None
+    dense_mask = None if problem.mask is None else _expanded(problem, problem.mask)
+    dense_bias = _expanded(problem, problem.bias) if problem.has_dense_bias else None
     bias, dlse = torch.zeros(bias_shape).double(), torch.zeros(lse_shape).double()
-    if problem.bias is not None:
+    if has_bias and dense_bias is None:
         bias = problem.bias.detach().cpu().double().expand(bias_shape)
     if problem.dlse is not None:
         dlse = problem.dlse.cpu().double()
@@ -109,7 +112,32 @@ def expected(
                     problem.query.dtype == torch.float16,
                 ),
             )
-    return Expected(tensors, largest, expiry)
+    dbias_dtype = accumulation(problem.query.dtype)
+    if dense_bias is not None:
+        dbias_dtype = problem.bias.dtype
+        tensors["dbias"] = tensors["dbias"].map(lambda part: _reduced(problem, part))
+    return Expected(tensors, largest, expiry, dbias_dtype)
+
+
+def _shared_by_groups(problem: Problem, dense: torch.Tensor) -> bool:
+    heads_q, heads_kv = problem.query.shape[2], problem.key.shape[2]
+    return dense.shape[1] == heads_kv not in (1, heads_q)
+
+
+def _expanded(problem: Problem, dense: torch.Tensor) -> torch.Tensor:
+    """A mask or dense bias, [B, H, Sq, Sk]."""
+    batch, seqlen_q, heads_q, _ = problem.query.shape
+    dense = dense.detach().cpu()
+    if _shared_by_groups(problem, dense):
+        dense = dense.repeat_interleave(heads_q // dense.shape[1], 1)
+    return dense.expand(batch, heads_q, seqlen_q, problem.key.shape[1])
+
+
+def _reduced(problem: Problem, part: torch.Tensor) -> torch.Tensor:
+    """Summed over what shares the problem's dense bias."""
+    if _shared_by_groups(problem, problem.bias):
+        part = part.unflatten(1, (problem.bias.shape[1], -1)).sum(2)
+    return part.sum_to_size(problem.bias.shape)
 
 
 def _sequences(problem: Problem):
@@ -137,11 +165,17 @@ def _one_head(part, query, key, value, dout, bias, mask, dlse, expiry, scale, ca
     if not causal:
         born = torch.zeros_like(born)
     first = int(position.min())
-    if mask is None and bias.dim() == 1:
-        # What no row sees may hold anything; it is left out before 0 * NaN can happen.
-        unseen = (born.clamp(min=first) >= dies.clamp(max=seqlen_k)) | (bias == -torch.inf)
-        key, value = key.masked_fill(unseen[:, None], 0), value.masked_fill(unseen[:, None], 0)
-        bias, dies = bias.masked_fill(unseen, 0), dies.masked_fill(unseen, -1)
+    # What no row sees may hold anything; it is left out before 0 * NaN can happen.
+    unseen = born.clamp(min=first) >= dies.clamp(max=seqlen_k)
+    if bias.dim() == 1:
+        unseen |= bias == -torch.inf
+    if mask is not None or bias.dim() > 1:
+        allowed = (born <= position[:, None]) & (position[:, None] < dies)
+        if mask is not None:
+            allowed = allowed & mask
+        unseen |= ~(allowed & (bias != -torch.inf)).flatten(0, -2).any(0)
+    key, value = key.masked_fill(unseen[:, None], 0), value.masked_fill(unseen[:, None], 0)
+    bias, dies = bias.masked_fill(unseen, 0), dies.masked_fill(unseen, -1)
     step = max(1, CHUNK // max(1, group * seqlen_k))
     largest = 0.0
     for start in range(0, seqlen_q, step):
@@ -234,7 +268,9 @@ def _chunk(part, rows, reach, logits, products, query, key, value, dout, dlse, s
     if "dbias" not in part:
         return
     if part["dbias"].value.dim() == 3:  # dense
-        for name, term in {"value": dS, "terms": dS.abs(), "exact": e2}.items():
+        terms = dict(value=dS, terms=dS.abs(), exact=e2, logit=dS2)
+        terms |= dict(matrix=P2 * delta_matrix, output=P2 * delta_output)
+        for name, term in terms.items():
             getattr(part["dbias"], name)[:, rows, :reach] = term
         return
     by_key(

@@ -109,7 +109,6 @@ def sums_of_gradients(kernel, problem: Problem, results: dict[str, torch.Tensor]
         )
 
     if "dbias" in t:
-        dbias = t["dbias"] if s.packed else t["dbias"].transpose(1, 2)
         dlse = torch.zeros(full.shape[:-1]).double()
         if t["dlse"] is not None:
             dlse = torch.where(s.full, t["dlse"].T if s.packed else t["dlse"].transpose(1, 2), 0.0)
@@ -121,13 +120,21 @@ def sums_of_gradients(kernel, problem: Problem, results: dict[str, torch.Tensor]
             + (CANCELLATION / 4 * s.single * size) ** 2
             + s.h**2 * (dout**2 * _largest_value(s, problem) ** 2).sum(-1)
         )
-        difference = s.per_head(dbias, 1) - s.per_head(dlse, 0)
+        dbias, by_key, by_row = (
+            t["dbias"],
+            lambda tensor: s.per_head(tensor, 1),
+            lambda row: s.per_head(row, 0),
+        )
+        if problem.has_dense_bias:  # whose axes may be shared: one sum over everything
+            by_key = by_row = lambda tensor: tensor.sum().reshape(1)
+        elif not s.packed:
+            dbias = dbias.transpose(1, 2)
+        stored = (UNIT[problem.bias.dtype] / 2) ** 2 * by_key(dbias**2)
         failures += _judge(
             "sum of dbias = sum of dlse",
             "dbias",
-            difference,
-            Z * s.per_head(row, 0).sqrt()
-            + 8 * s.single * (s.per_head(dbias.abs(), 1) + s.per_head(dlse.abs(), 0)),
+            by_key(dbias) - by_row(dlse),
+            Z * (by_row(row) + stored).sqrt() + 8 * s.single * (by_key(dbias.abs()) + by_row(dlse.abs())),
         )
     return failures
 

@@ -26,9 +26,9 @@ def test_flash_dma_cuda_imports_with_the_cuda_kernels_alone():
         assert "ImportError: flash_dma_cuda: this build has no CUDA kernels" in result.stderr
 
 
-def cuda_tensors(dtype):
+def cuda_tensors(dtype, head_dim=16):
     """Fake ones, where there is no GPU."""
-    query, key, value = (torch.empty(1, 8, 4, 16, dtype=dtype, device="cuda") for _ in range(3))
+    query, key, value = (torch.empty(1, 8, 4, head_dim, dtype=dtype, device="cuda") for _ in range(3))
     return dict(query=query, key=key, value=value, is_causal=True)
 
 
@@ -46,11 +46,20 @@ def test_cuda_tensors_on_a_build_without_cuda():
 
 
 @pytest.mark.skipif(not HAS_CUDA or not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_types_that_the_cuda_kernels_do_not_take(dtype):
+@pytest.mark.parametrize(
+    "dtype, head_dim, reason",
+    [
+        (torch.float32, 16, "takes bfloat16 and float16, got float32"),
+        (torch.float64, 16, "takes bfloat16 and float16, got float64"),
+        (torch.float16, 264, "takes head dims up to 256, got 264"),
+    ],
+)
+@pytest.mark.parametrize("dense", [False, True])
+def test_what_the_cuda_kernels_do_not_take(dtype, head_dim, reason, dense):
+    mask = dict(attn_mask=torch.ones(1, 4, 8, 8, dtype=torch.bool, device="cuda")) if dense else {}
     with pytest.raises(NotImplementedError) as caught:
-        flash_dmattn.flash_dmattn_func(**cuda_tensors(dtype))
-    assert f"backend 'cuda': takes torch.bfloat16 and float16, got {dtype}, ask for " in str(caught.value)
+        flash_dmattn.flash_dmattn_func(**cuda_tensors(dtype, head_dim), **mask)
+    assert f"backend 'cuda': {reason}, ask for " in str(caught.value)
     assert "'reference'" in str(caught.value)
     count("refusal")
 

@@ -19,6 +19,9 @@ KINDS = [kind for kind in SCORES if kind != "tiny"]
 LENGTHS = st.one_of(
     st.sampled_from([0, 1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129]), st.integers(0, 300)
 )
+FORMS_OF_DENSE = st.tuples(
+    st.sampled_from("B1"), st.sampled_from(["H", "Hkv", "1"]), st.sampled_from(["Sq", "1"])
+).map(lambda axes: " ".join((*axes, "Sk")))
 WINDOWS = st.sampled_from([1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1024, INT32_MAX])
 
 
@@ -40,8 +43,13 @@ def cases(draw, packed=False):
         if packed
         else dict(batch=draw(st.integers(0, 3)), seqlen_q=lengths[0][0], seqlen_k=lengths[0][1])
     )
+    forms = st.one_of(st.none(), st.none(), FORMS_OF_DENSE)
+    dense = {} if packed else dict(dense_bias=draw(forms), mask=draw(forms))
     return Case(
         **shape,
+        **dense,
+        dense_dtype=draw(st.sampled_from([None, *DTYPES])),
+        visible=draw(st.sampled_from([0.0, 0.01, 0.3, 1.0])),
         heads_kv=heads_kv,
         heads_q=heads_kv * group,
         head_dim=draw(st.sampled_from([1, 3, 8, 16, 20, 32, 64, 65, 128])),

@@ -36,6 +36,9 @@ CASES = [
     ),
     Case(**(BASE | dict(batch=1, seqlen_q=2200, seqlen_k=2200, heads_q=2, heads_kv=1, keep_window=64))),
     Case(**(BASE | dict(seqlen_q=0))),
+    *(Case(**BASE, dtype=dtype, dense_bias="B Hkv Sq Sk", mask="1 H Sq Sk") for dtype in ("f64", "bf16")),
+    Case(**BASE, dense_bias="1 1 Sq Sk", dense_dtype="bf16"),
+    Case(**(BASE | dict(keep_window=None)), dense_bias="B H 1 Sk", mask="B 1 1 Sk", dtype="f16"),
     Case(**(BASE | dict(seqlen_q=3, seqlen_k=0)), causal=False),
 ]
 with_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -84,9 +84,11 @@ def bound(tensor: str, answer: Answer, dtype: torch.dtype, rule: Rule) -> torch.
             return rule.matrix * (1 + ref + answer.terms)
         return 1e-5 + 2.0**-20 * ref + 2.0**-22 * answer.terms
     # Where nothing is added up, nothing can vanish: the gradient of an unseen key is exactly 0.
-    vanished = VANISHES[accumulation(dtype)] * (answer.terms > 0).double()
+    arithmetic = torch.float64 if rule.name == "float64" else torch.float32
+    vanished = VANISHES[arithmetic] * (answer.terms > 0).double()
     if rule.name == "float64":
-        return rule.matrix * (answer.terms + answer.exact.sqrt() / (8 * FLOAT32)) + vanished
+        stored = 0.0 if dtype == torch.float64 else UNIT[dtype] * ref + SMALLEST[dtype] / 2
+        return rule.matrix * (answer.terms + answer.exact.sqrt() / (8 * FLOAT32)) + vanished + stored
     z = 6.0 if ref.numel() <= 10**7 else 7.0
     floor = 4 * FLOAT32 * answer.terms + SMALLEST[dtype] / 2 + vanished
     return output_unit(tensor, dtype) * ref + z * variance(answer, rule).sqrt() + floor
@@ -157,14 +159,15 @@ def tier_c(tensor: str, actual: torch.Tensor, answer: Answer, rule: Rule, limit:
 def contract(
     results: dict[str, torch.Tensor],
     dtype: torch.dtype,
-    answers: dict[str, Answer],
+    expected: Expected,
     contiguous: tuple[str, ...],
 ) -> list[Failure]:
-    """Shape, dtype and strides of every result; dbias and lse come in the accumulation type."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    """Shape, dtype and strides of every result; lse comes in the accumulation type, as dbias does unless the
+    bias is dense."""
+    others = {"lse": accumulation(dtype), "dbias": expected.dbias_dtype}
     failures = []
     for tensor, actual in results.items():
-        wanted = (tuple(answers[tensor].value.shape), wide if tensor in ("lse", "dbias") else dtype)
+        wanted = (tuple(expected.tensors[tensor].value.shape), others.get(tensor, dtype))
         if (tuple(actual.shape), actual.dtype) != wanted:
             failures.append(
                 Failure(
@@ -193,7 +196,7 @@ def judge(
     contiguous: the tensors that have to be. least_limit: of tier C, for problems whose error a few large
     weights may dominate.
     """
-    failures = contract(results, dtype, expected.tensors, contiguous)
+    failures = contract(results, dtype, expected, contiguous)
     broken = {failure.tensor for failure in failures if "should be (" in failure.detail}
     query_rows = expected.tensors["lse"].value.numel()
     for tensor, actual in results.items():
