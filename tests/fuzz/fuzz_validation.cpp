@@ -123,7 +123,8 @@ struct Maker {
   }
   flash_dmattn_tensor bias() const {
     if (input.chance(64)) return {};
-    return input.chance(64) ? dense(sizes.accumulation) : per_key(sizes.accumulation);
+    if (!input.chance(64)) return per_key(sizes.accumulation);
+    return dense(input.pick({sizes.accumulation, FLASH_DMATTN_BFLOAT16, FLASH_DMATTN_FLOAT16}));
   }
 };
 
