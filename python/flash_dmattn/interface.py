@@ -56,10 +56,10 @@ def flash_dmattn_func(
         query: [B, Sq, H, D], float64, float32, bfloat16 or float16 (alias q).
         key, value: [B, Sk, Hkv, D], of query's dtype (aliases k, v). Query head h reads head h // (H // Hkv).
         attn_mask: bool (True = visible) or 0 and 1 of any dtype. Key-only, at no cost: [B, Sk], [B, Hkv, Sk]
-            or [B, Hkv, 1, Sk]. Per query, at the memory and time of a dense mask: [B, H or Hkv, Sq, Sk]. B
-            and heads may be 1.
+            or [B, Hkv, 1, Sk]. Per query, at the memory and time of a dense mask: [B, H or Hkv, Sq, Sk]. B,
+            heads and Sq may be 1.
         attn_bias: added to the logits; differentiable. Key-only: [B, Hkv, Sk] or [B, Hkv, 1, Sk]. Per query:
-            [B, H or Hkv, Sq, Sk]. B and heads may be 1.
+            [B, H or Hkv, Sq, Sk]. B, heads and Sq may be 1.
         scale: factor of <query, key>; default D ** -0.5.
         is_causal: key j is visible to position p only if j <= p; needs Sq <= Sk.
         keep_window_size: keys kept per query, at least 1. Not causal: the same keys for all queries.

@@ -13,6 +13,7 @@
 #include "cuda/common/launch.h"
 #include "cuda/common/row_tiles.cuh"
 #include "cuda/selection/plan_builder.h"
+#include "cuda/sm80/dense.h"
 #include "cuda/sm80/kernels.h"
 
 namespace flash_dmattn::cuda {
@@ -43,7 +44,7 @@ std::string rows_why_not(const char* name, const TensorView& view) {
 // A plan is needed where some key may be hidden by more than its position.
 template <typename Args>
 bool needs_plan(const Args& args) {
-  return args.expiry.present() || args.bias.present();
+  return !has_dense(args) && (args.expiry.present() || args.bias.present());
 }
 
 template <typename Args>
@@ -88,14 +89,15 @@ cudaError_t build_call_plan(const CallPlan& plan, const Args& args, cudaStream_t
 template <typename Args>
 std::string common_why_not(const Args& args, const Target& target) {
   std::string reason = device_why_not(target);
-  if (reason.empty() && (is_dense(args.bias) || args.mask.present())) {
-    reason = "takes no mask or bias with a query axis";
-  }
   for (const auto& [name, view] : {std::pair{"query", &args.query}, std::pair{"key", &args.key},
                                    std::pair{"value", &args.value}, std::pair{"out", &args.out}}) {
     if (reason.empty()) reason = rows_why_not(name, *view);
   }
   if (!reason.empty()) return reason;
+  if (args.bias.present() && args.bias.dtype == DType::kFloat64) {
+    return "bias: takes float32, bfloat16 and float16, got float64";
+  }
+  if (has_dense(args) && args.plan.present()) return "plan: not with a mask or a dense bias";
   if (args.score.present() && args.score.dtype == DType::kFloat64) {
     return "score: takes float32, bfloat16 and float16, got float64";
   }
@@ -124,11 +126,14 @@ bool is_empty(const Geometry& geometry) { return geometry.heads_q == 0 || geomet
 
 std::string forward_why_not(const ForwardArgs& args, const Target& target) {
   const std::string reason = common_why_not(args, target);
-  return reason.empty() ? sm80::forward_why_not(args, target.device_index) : reason;
+  if (!reason.empty()) return reason;
+  return has_dense(args) ? sm80::dense_forward_why_not(args, target.device_index)
+                         : sm80::forward_why_not(args, target.device_index);
 }
 
-std::size_t forward_workspace_bytes(const ForwardArgs& args, const Target& /*target*/) {
+std::size_t forward_workspace_bytes(const ForwardArgs& args, const Target& target) {
   if (is_empty(make_geometry(args))) return 0;
+  if (has_dense(args)) return sm80::dense_forward_bytes(args, target.device_index);
   Arena arena;
   cut_call_plan(arena, args);
   return arena.bytes();
@@ -140,6 +145,9 @@ Status forward(const ForwardArgs& args, const Target& target, const Workspace& w
   const DeviceGuard guard(target.device_index);
   if (guard.status() != cudaSuccess) return device_status("forward", guard.status());
   const auto stream = static_cast<cudaStream_t>(target.stream);
+  if (has_dense(args)) {
+    return device_status("forward", sm80::dense_forward(args, workspace, target.device_index, stream));
+  }
   Arena arena(workspace);
   const CallPlan plan = cut_call_plan(arena, args);
   cudaError_t status = build_call_plan(plan, args, stream);
@@ -153,11 +161,14 @@ std::string backward_why_not(const BackwardArgs& args, const Target& target) {
                                    std::pair{"dk", &args.dk}, std::pair{"dv", &args.dv}}) {
     if (reason.empty()) reason = rows_why_not(name, *view);
   }
-  return reason.empty() ? sm80::backward_why_not(args, target.device_index) : reason;
+  if (!reason.empty()) return reason;
+  return has_dense(args) ? sm80::dense_backward_why_not(args, target.device_index)
+                         : sm80::backward_why_not(args, target.device_index);
 }
 
 std::size_t backward_workspace_bytes(const BackwardArgs& args, const Target& target) {
   if (is_empty(make_geometry(args))) return 0;
+  if (has_dense(args)) return sm80::dense_backward_bytes(args, target.device_index);
   const DeviceGuard guard(target.device_index);  // CUB asks the current device
   Arena arena;
   const CallPlan plan = cut_call_plan(arena, args);
@@ -171,6 +182,9 @@ Status backward(const BackwardArgs& args, const Target& target, const Workspace&
   const DeviceGuard guard(target.device_index);
   if (guard.status() != cudaSuccess) return device_status("backward", guard.status());
   const auto stream = static_cast<cudaStream_t>(target.stream);
+  if (has_dense(args)) {
+    return device_status("backward", sm80::dense_backward(args, workspace, target.device_index, stream));
+  }
   Arena arena(workspace);
   const CallPlan plan = cut_call_plan(arena, args);
   const sm80::BackwardBuffers buffers = sm80::cut_backward(arena, args, plan.view);

@@ -66,6 +66,15 @@ std::string describe(const Case& c) {
   if (c.visibility == Visibility::kRandomExpiry) text << "random expiry";
   text << ", scale " << c.scale << (c.bias ? " bias" : "") << (c.dlse ? " dlse" : "") << ", strides "
        << static_cast<int>(c.strides) << ", disabled " << c.disabled_keys << (c.tied_scores ? " tied" : "");
+  const auto describe_form = [&text](const char* name, const std::optional<DenseForm>& form) {
+    if (!form.has_value()) return;
+    constexpr const char* kHeads[] = {"1", "Hkv", "H"};
+    text << ", " << name << " [" << (form->batch ? "B " : "1 ") << kHeads[form->heads]
+         << (form->rows ? " Sq" : " 1") << " Sk]";
+  };
+  describe_form("mask", c.mask);
+  describe_form("bias", c.dense_bias);
+  if (c.dense_bias.has_value()) text << ' ' << dtype_name(c.dense_dtype);
   return text.str();
 }
 
@@ -80,6 +89,22 @@ Index Problem::per_key(std::int64_t s, std::int64_t i, std::int64_t head) const 
 }
 Index Problem::per_query(std::int64_t s, std::int64_t i, std::int64_t head) const {
   return c.packed ? Index{head, begin_q_[s] + i} : Index{s, head, i};
+}
+
+Index Problem::dense(const Tensor& tensor, std::int64_t s, std::int64_t head, std::int64_t i,
+                     std::int64_t j) const {
+  const Index& shape = tensor.shape();
+  const std::int64_t axis_head = shape[1] == c.heads_kv * c.group ? head : head / c.group;
+  return {shape[0] == 1 ? 0 : s, shape[1] == 1 ? 0 : axis_head, shape[2] == 1 ? 0 : i, j};
+}
+
+Tensor Problem::make_dense(const DenseForm& form, DType dtype) const {
+  const std::int64_t heads = form.heads == DenseForm::kOne      ? 1
+                             : form.heads == DenseForm::kOfKeys ? c.heads_kv
+                                                                : c.heads_kv * c.group;
+  return Tensor(dtype,
+                {form.batch ? query.shape()[0] : 1, heads, form.rows ? query.shape()[1] : 1, key.shape()[1]},
+                c.strides);
 }
 
 Problem::Problem(const Case& the_case, std::uint64_t seed) : c(the_case) {
@@ -111,6 +136,14 @@ Problem::Problem(const Case& the_case, std::uint64_t seed) : c(the_case) {
       if (random.chance(c.disabled_keys)) bias.set(index, -kInf);
     });
   }
+  if (c.mask.has_value()) {
+    mask = make_dense(*c.mask, DType::kBool);
+    mask.fill([&] { return random.chance(c.masked) ? 0.0 : static_cast<double>(random.between(1, 255)); });
+  }
+  if (c.dense_bias.has_value()) {
+    bias = make_dense(*c.dense_bias, c.dense_dtype);
+    bias.fill([&] { return random.chance(0.1) ? -kInf : random.normal(); });
+  }
   if (c.visibility != Visibility::kAll) expiry = Tensor(DType::kInt32, key_shape, c.strides, c.on_cuda);
   make_visible(random);
   if (c.packed) {
@@ -120,14 +153,26 @@ Problem::Problem(const Case& the_case, std::uint64_t seed) : c(the_case) {
   for (const Tensor* tensor : inputs()) input_bytes_.push_back(tensor->bytes());
 }
 
+bool Problem::sees(std::int64_t s, std::int64_t head, std::int64_t i, std::int64_t j,
+                   std::int64_t expires) const {
+  const auto [seqlen_q, seqlen_k] = c.sequences[static_cast<std::size_t>(s)];
+  const std::int64_t position = c.causal ? i + seqlen_k - seqlen_q : seqlen_k - 1;
+  if (j > position || position >= expires) return false;
+  if (c.mask.has_value() && mask.get(dense(mask, s, head, i, j)) == 0) return false;
+  if (!has_bias()) return true;
+  return bias.get(c.dense_bias.has_value() ? dense(bias, s, head, i, j) : per_key(s, j, head / c.group)) !=
+         -kInf;
+}
+
 // Fills `visible` and, from it or before it, `expiry`. What no row sees gets a key and a value of NaN.
 void Problem::make_visible(Random& random) {
   visible.resize(c.sequences.size());
-  for (std::size_t s = 0; s < c.sequences.size(); ++s) {
-    const auto [seqlen_q, seqlen_k] = c.sequences[s];
-    const std::int64_t offset = seqlen_k - seqlen_q;
-    for (std::int64_t head = 0; head < c.heads_kv; ++head) {
-      std::vector<char>& sees = visible[s].emplace_back(static_cast<std::size_t>(seqlen_q * seqlen_k), 0);
+  for (std::size_t n = 0; n < c.sequences.size(); ++n) {
+    const auto s = static_cast<std::int64_t>(n);
+    const auto [seqlen_q, seqlen_k] = c.sequences[n];
+    const std::vector<char> nothing(static_cast<std::size_t>(seqlen_q * seqlen_k), 0);
+    visible[n].assign(static_cast<std::size_t>(c.heads_kv * c.group), nothing);
+    for (std::int64_t head_kv = 0; head_kv < c.heads_kv; ++head_kv) {
       std::vector<double> score(static_cast<std::size_t>(seqlen_k));
       for (double& x : score) {
         x = random.chance(c.disabled_keys) ? -kInf : c.tied_scores ? random.between(0, 1) : random.normal();
@@ -142,21 +187,19 @@ void Problem::make_visible(Random& random) {
           expires = random.pick({random.between(0, seqlen_k), random.between(j, seqlen_k), seqlen_k,
                                  kInt32Max, kInt32Min, std::int64_t{-1}});
         }
-        if (expiry.view().present()) {
-          expiry.set(per_key(static_cast<std::int64_t>(s), j, head), static_cast<double>(expires));
-        }
-        const bool disabled = c.bias && bias.get(per_key(static_cast<std::int64_t>(s), j, head)) == -kInf;
+        if (expiry.view().present()) expiry.set(per_key(s, j, head_kv), static_cast<double>(expires));
         bool seen = false;
-        for (std::int64_t i = 0; i < seqlen_q; ++i) {
-          const std::int64_t position = c.causal ? i + offset : seqlen_k - 1;
-          const bool sees_key = !disabled && j <= position && position < expires;
-          sees[static_cast<std::size_t>(i * seqlen_k + j)] = sees_key;
-          seen |= sees_key;
+        for (std::int64_t head = head_kv * c.group; head < (head_kv + 1) * c.group; ++head) {
+          for (std::int64_t i = 0; i < seqlen_q; ++i) {
+            const bool sees_key = sees(s, head, i, j, expires);
+            visible[n][static_cast<std::size_t>(head)][static_cast<std::size_t>(i * seqlen_k + j)] = sees_key;
+            seen |= sees_key;
+          }
         }
         if (!seen) {
           for (std::int64_t column = 0; column < c.head_dim; ++column) {
-            key.set(k_row(static_cast<std::int64_t>(s), j, head, column), kNaN);
-            value.set(k_row(static_cast<std::int64_t>(s), j, head, column), kNaN);
+            key.set(k_row(s, j, head_kv, column), kNaN);
+            value.set(k_row(s, j, head_kv, column), kNaN);
           }
         }
       }
@@ -165,7 +208,7 @@ void Problem::make_visible(Random& random) {
 }
 
 std::vector<const Tensor*> Problem::inputs() const {
-  return {&query, &key, &value, &bias, &expiry, &cu_seqlens_q, &cu_seqlens_k, &dout, &dlse};
+  return {&query, &key, &value, &bias, &mask, &expiry, &cu_seqlens_q, &cu_seqlens_k, &dout, &dlse};
 }
 
 bool Problem::inputs_unchanged() const {
@@ -181,7 +224,8 @@ ForwardArgs Problem::forward_args() const {
   args.query = query.view();
   args.key = key.view();
   args.value = value.view();
-  if (c.bias) args.bias = bias.view();
+  if (has_bias()) args.bias = bias.view();
+  args.mask = mask.view();
   args.expiry = expiry.view();
   args.cu_seqlens_q = cu_seqlens_q.view();
   args.cu_seqlens_k = cu_seqlens_k.view();
@@ -197,6 +241,7 @@ BackwardArgs Problem::backward_args() const {
   args.key = forward_args.key;
   args.value = forward_args.value;
   args.bias = forward_args.bias;
+  args.mask = forward_args.mask;
   args.expiry = forward_args.expiry;
   args.cu_seqlens_q = forward_args.cu_seqlens_q;
   args.cu_seqlens_k = forward_args.cu_seqlens_k;
@@ -221,10 +266,9 @@ Expectation expect(const Problem& p) {
                     .dout = Matrix(seqlen_q, dim),
                     .bias = std::vector<double>(seqlen_k, 0.0),
                     .dlse = std::vector<double>(seqlen_q, 0.0),
-                    .visible = p.visible[n][head_kv],
                     .scale = c.scale};
       for (std::int64_t j = 0; j < seqlen_k; ++j) {
-        if (c.bias) in.bias[j] = p.bias.get(p.per_key(s, j, head_kv));
+        if (c.bias && !c.dense_bias.has_value()) in.bias[j] = p.bias.get(p.per_key(s, j, head_kv));
         for (std::int64_t column = 0; column < dim; ++column) {
           in.key[j][column] = p.key.get(p.k_row(s, j, head_kv, column));
           in.value[j][column] = p.value.get(p.k_row(s, j, head_kv, column));
@@ -233,6 +277,15 @@ Expectation expect(const Problem& p) {
       HeadResults shared(0, seqlen_k, dim);  // dk, dv, dbias of the group
       for (std::int64_t member = 0; member < c.group; ++member) {
         const std::int64_t head = head_kv * c.group + member;
+        in.visible = p.visible[n][static_cast<std::size_t>(head)];
+        if (c.dense_bias.has_value()) {
+          in.dense_bias = Matrix(seqlen_q, seqlen_k);
+          for (std::int64_t i = 0; i < seqlen_q; ++i) {
+            for (std::int64_t j = 0; j < seqlen_k; ++j) {
+              in.dense_bias[i][j] = p.bias.get(p.dense(p.bias, s, head, i, j));
+            }
+          }
+        }
         for (std::int64_t i = 0; i < seqlen_q; ++i) {
           if (c.dlse) in.dlse[i] = p.dlse.get(p.per_query(s, i, head));
           for (std::int64_t column = 0; column < dim; ++column) {
@@ -241,6 +294,7 @@ Expectation expect(const Problem& p) {
           }
         }
         HeadResults results(seqlen_q, 0, dim);
+        if (c.dense_bias.has_value()) results.dense_dbias = Result(seqlen_q, seqlen_k);
         std::swap(results.dk, shared.dk);
         std::swap(results.dv, shared.dv);
         std::swap(results.dbias, shared.dbias);
@@ -262,12 +316,38 @@ Expectation expect(const Problem& p) {
 
 namespace {
 
+// The gradient of the dense bias: the sums over what shares its elements.
+template <typename Visit>
+void for_each_dense_result(const Problem& p, const Expectation& expectation, const Visit& visit) {
+  const Index& shape = p.bias.shape();
+  Result sums(p.bias.view().num_elements(), 1);
+  for (std::size_t n = 0; n < expectation.size(); ++n) {
+    for (std::size_t head = 0; head < expectation[n].size(); ++head) {
+      const Result& found = expectation[n][head].dense_dbias;
+      for (std::int64_t i = 0; i < found.value.rows; ++i) {
+        const Index row =
+            p.dense(p.bias, static_cast<std::int64_t>(n), static_cast<std::int64_t>(head), i, 0);
+        const std::int64_t first = ((row[0] * shape[1] + row[1]) * shape[2] + row[2]) * shape[3];
+        for (std::int64_t j = 0; j < found.value.columns; ++j) {
+          sums.add(first + j, 0, found.value[i][j], found.magnitude[i][j], found.variance[i][j]);
+        }
+      }
+    }
+  }
+  std::int64_t element = 0;
+  p.bias.for_each([&](const Index& place) {
+    visit(place, *sums.value[element], *sums.variance[element], *sums.magnitude[element]);
+    ++element;
+  });
+}
+
 // Visits every place of a tensor with the result that belongs there.
-enum class Kind { kQueryRows, kKeyRows, kPerKey, kPerQuery };
+enum class Kind { kQueryRows, kKeyRows, kPerKey, kPerQuery, kDense };
 
 template <typename Visit>
 void for_each_result(const Problem& p, const Expectation& expectation, Kind kind, Result HeadResults::*member,
                      const Visit& visit) {
+  if (kind == Kind::kDense) return for_each_dense_result(p, expectation, visit);
   for (std::size_t n = 0; n < p.c.sequences.size(); ++n) {
     const auto s = static_cast<std::int64_t>(n);
     const bool of_keys = kind == Kind::kKeyRows || kind == Kind::kPerKey;
@@ -306,9 +386,10 @@ double budget(DType dtype, const Named& named, double value, double variance, do
   if (named.member == &HeadResults::lse) {
     return is_double ? 1e-12 * magnitude : 1e-5 + 0x1p-20 * std::abs(value);
   }
-  if (is_double) return 1e-12 * magnitude + 0x1p-1020;
   const DType stored = named.tensor->view().dtype;
+  if (is_double && stored == DType::kFloat64) return 1e-12 * magnitude + 0x1p-1020;
   const double rounding = named.member == &HeadResults::dbias ? 0x1p-22 : precision_of(stored).output;
+  if (is_double) return 1e-12 * magnitude + rounding * std::abs(value) + smallest_subnormal(stored);
   return rounding * std::abs(value) + 6 * std::sqrt(variance) + 4 * 0x1p-24 * magnitude +
          smallest_subnormal(stored) / 2 + 0x1p-124;
 }
@@ -366,7 +447,7 @@ Outputs run_case(const Problem& problem, const Expectation& expectation, const T
   if ((gradients & 1) != 0) backward_args.dq = outputs.gradients.dq.view();
   if ((gradients & 2) != 0) backward_args.dk = outputs.gradients.dk.view();
   if ((gradients & 4) != 0) backward_args.dv = outputs.gradients.dv.view();
-  if ((gradients & 8) != 0 && problem.c.bias) backward_args.dbias = outputs.gradients.dbias.view();
+  if ((gradients & 8) != 0 && problem.has_bias()) backward_args.dbias = outputs.gradients.dbias.view();
   passes.backward(backward_args, target, poison);
   return outputs;
 }
@@ -378,7 +459,11 @@ std::string compare(const Problem& problem, const Expectation& expectation, cons
                             {"dq", &gradients.dq, Kind::kQueryRows, &HeadResults::dq},
                             {"dk", &gradients.dk, Kind::kKeyRows, &HeadResults::dk},
                             {"dv", &gradients.dv, Kind::kKeyRows, &HeadResults::dv}};
-  if (problem.c.bias) all.push_back({"dbias", &gradients.dbias, Kind::kPerKey, &HeadResults::dbias});
+  if (problem.c.dense_bias.has_value()) {
+    all.push_back({"dbias", &gradients.dbias, Kind::kDense, &HeadResults::dense_dbias});
+  } else if (problem.c.bias) {
+    all.push_back({"dbias", &gradients.dbias, Kind::kPerKey, &HeadResults::dbias});
+  }
   std::string messages;
   for (const Named& named : all) {
     const std::string message = compare_one(problem, expectation, named);
@@ -435,6 +520,18 @@ Case random_case(Random& random) {
   c.strides = random.pick({Strides::kContiguous, Strides::kPermuted, Strides::kGaps, Strides::kReversed});
   c.disabled_keys = random.pick({0.0, 0.0, 0.3, 1.0});
   c.tied_scores = random.chance(0.25);
+  const auto any_form = [&random]() -> std::optional<DenseForm> {
+    if (random.chance(0.6)) return {};
+    return DenseForm{random.chance(0.5),
+                     random.pick({DenseForm::kOne, DenseForm::kOfKeys, DenseForm::kOfQueries}),
+                     random.chance(0.7)};
+  };
+  if (!c.packed) {
+    c.mask = any_form();
+    c.dense_bias = any_form();
+    c.dense_dtype = random.pick({DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16});
+    c.masked = random.pick({0.0, 0.3, 0.9, 1.0});
+  }
   return c;
 }
 

@@ -1,6 +1,7 @@
 // Calls of forward and backward as data: a Case is made into tensors, run, and compared with the oracle.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,15 @@ struct Lengths {
 // Which keys a row sees: all (before it, if causal), the keep_window of highest score, or what random
 // integers say.
 enum class Visibility { kAll, kWindow, kRandomExpiry };
+
+// The axes of a mask or of a bias with a query axis: each has its full size or 1, the heads also that of
+// keys.
+struct DenseForm {
+  enum Heads { kOne, kOfKeys, kOfQueries };
+  bool batch = true;
+  Heads heads = kOfQueries;
+  bool rows = true;
+};
 
 struct Case {
   DType dtype = DType::kFloat32;
@@ -34,6 +44,11 @@ struct Case {
   double disabled_keys = 0;  // share of the keys whose score, or without scores bias, is -inf
   bool tied_scores = false;
   bool on_cuda = false;  // tensors are aligned, and P and dS are rounded to dtype before the products
+  // Not packed:
+  std::optional<DenseForm> mask{};        // of which `masked` is false
+  std::optional<DenseForm> dense_bias{};  // in place of the key-only one; one in ten is -inf
+  DType dense_dtype = DType::kFloat32;
+  double masked = 0.5;
 };
 
 std::string describe(const Case& c);
@@ -49,7 +64,7 @@ class Problem {
 
   Tensor like_query() const { return Tensor(c.dtype, query.shape(), c.strides, c.on_cuda); }
   Tensor like_key() const { return Tensor(c.dtype, key.shape(), c.strides, c.on_cuda); }
-  Tensor like_bias() const { return Tensor(accumulation_dtype(c.dtype), bias.shape(), c.strides, c.on_cuda); }
+  Tensor like_bias() const { return Tensor(bias.view().dtype, bias.shape(), c.strides, c.on_cuda); }
   Tensor like_lse() const { return Tensor(accumulation_dtype(c.dtype), dlse.shape(), c.strides, c.on_cuda); }
 
   // Places in the tensors of row, key or query `i` of sequence s.
@@ -57,14 +72,19 @@ class Problem {
   Index k_row(std::int64_t s, std::int64_t i, std::int64_t head, std::int64_t column) const;
   Index per_key(std::int64_t s, std::int64_t i, std::int64_t head) const;
   Index per_query(std::int64_t s, std::int64_t i, std::int64_t head) const;
+  // Of the mask or the dense bias: query row i and key j of a query head.
+  Index dense(const Tensor& tensor, std::int64_t s, std::int64_t head, std::int64_t i, std::int64_t j) const;
+  bool has_bias() const { return c.bias || c.dense_bias.has_value(); }
 
   const Case c;
-  Tensor query, key, value, bias, expiry, cu_seqlens_q, cu_seqlens_k;
+  Tensor query, key, value, bias, mask, expiry, cu_seqlens_q, cu_seqlens_k;
   Tensor dout, dlse;
-  std::vector<std::vector<std::vector<char>>> visible;  // [sequence][head_kv][Sq * Sk]
+  std::vector<std::vector<std::vector<char>>> visible;  // [sequence][head_q][Sq * Sk]
 
  private:
+  Tensor make_dense(const DenseForm& form, DType dtype) const;
   void make_visible(Random& random);
+  bool sees(std::int64_t s, std::int64_t head, std::int64_t i, std::int64_t j, std::int64_t expires) const;
   std::vector<const Tensor*> inputs() const;
 
   std::vector<std::int64_t> begin_q_{0}, begin_k_{0};

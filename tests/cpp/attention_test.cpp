@@ -79,6 +79,42 @@ TEST_F(Attention, LongSequences) {
              7);
 }
 
+// Every form of mask and dense bias, of every type.
+TEST_F(Attention, MasksAndDenseBiases) {
+  std::uint64_t seed = 20;
+  for (const bool batch : {true, false}) {
+    for (const auto heads : {DenseForm::kOne, DenseForm::kOfKeys, DenseForm::kOfQueries}) {
+      for (const bool rows : {true, false}) {
+        for (const DType dtype : kFloats) {
+          Case c{.dtype = dtype,
+                 .sequences = {{70, 90}, {70, 90}},
+                 .heads_kv = 2,
+                 .group = 3,
+                 .head_dim = 24,
+                 .causal = seed % 3 != 0,
+                 .mask = DenseForm{!batch, DenseForm::kOfQueries, true},
+                 .dense_bias = DenseForm{batch, heads, rows},
+                 .dense_dtype = kFloats[seed % 4],
+                 .masked = 0.7};
+          check_case(c, ++seed, threads(2));
+          std::swap(c.mask, c.dense_bias);
+          c.visibility = Visibility::kWindow;
+          c.keep_window = 21;
+          c.strides = Strides::kPermuted;
+          check_case(c, ++seed);
+        }
+      }
+    }
+  }
+  check_case({.sequences = {{1100, 1300}},
+              .group = 2,
+              .head_dim = 8,
+              .mask = DenseForm{},
+              .dense_bias = DenseForm{.heads = DenseForm::kOne},
+              .masked = 0.97},
+             ++seed);
+}
+
 TEST_F(Attention, RandomCases) {
   Random random(11);
   constexpr int kCases = 400;

@@ -25,6 +25,12 @@ std::vector<Case> cases() {
        .head_dim = 8,
        .visibility = Visibility::kWindow,
        .keep_window = 300},
+      {.sequences = {{90, 110}},
+       .heads_kv = 2,
+       .group = 2,
+       .head_dim = 8,
+       .mask = DenseForm{.heads = DenseForm::kOne},
+       .dense_bias = DenseForm{.rows = false}},
   };
 }
 

@@ -40,12 +40,12 @@ Row softmax(const HeadInputs& in, std::int64_t i) {
   std::vector<double> logits;
   for (std::int64_t j = 0; j < in.key.rows; ++j) {
     if (!in.visible[static_cast<std::size_t>(i * in.key.rows + j)]) continue;
-    const double logit = in.scale * dot(in.query[i], in.key[j], in.query.columns) + in.bias[j];
+    const double logit = in.scale * dot(in.query[i], in.key[j], in.query.columns) + in.bias_of(i, j);
     if (logit == -kInf) continue;
     row.keys.push_back(j);
     logits.push_back(logit);
     const double terms = std::abs(in.scale) * dot_of_magnitudes(in.query[i], in.key[j], in.query.columns) +
-                         std::abs(in.bias[j]);
+                         std::abs(in.bias_of(i, j));
     row.logit_error = std::max(row.logit_error, std::abs(logit) + terms);
   }
   if (logits.empty()) return row;
@@ -95,6 +95,7 @@ void add_row(const HeadInputs& in, const Precision& precision, std::int64_t i, c
         squared(half * dscore) + squared(8 * precision.matrix * weight * (products + std::abs(delta)));
     const double variance = own_variance + squared(weight) * delta_variance;
     r.dbias.add(j, 0, dscore, magnitude, variance);
+    if (in.dense_bias.rows > 0) r.dense_dbias.add(i, j, dscore, magnitude, variance);
     for (std::int64_t c = 0; c < dim; ++c) {
       const double query = in.scale * in.query[i][c], key = in.scale * in.key[j][c];
       r.dq.add(i, c, dscore * key, magnitude * std::abs(key), own_variance * squared(key));

@@ -44,8 +44,13 @@ struct Result {
 struct HeadInputs {
   Matrix query, key, value, dout;  // [Sq, D], [Sk, D]
   std::vector<double> bias, dlse;  // [Sk], [Sq]
-  std::vector<char> visible;       // [Sq, Sk]
+  Matrix dense_bias{};             // [Sq, Sk], or empty; then there is no other
+  std::vector<char> visible{};     // [Sq, Sk]
   double scale = 1;
+
+  double bias_of(std::int64_t row, std::int64_t key) const {
+    return dense_bias.rows > 0 ? dense_bias[row][key] : bias[static_cast<std::size_t>(key)];
+  }
 };
 
 struct HeadResults {
@@ -59,6 +64,7 @@ struct HeadResults {
         dbias(seqlen_k, 1) {}
 
   Result out, lse, dq, dk, dv, dbias;
+  Result dense_dbias;  // [Sq, Sk] with a dense bias
 };
 
 // Adds the head's gradients of key, value and bias to what the results hold; sets the others.

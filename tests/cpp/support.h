@@ -80,6 +80,8 @@ class Tensor {
         return bfloat16_to_float(load<std::uint16_t>(element));
       case DType::kInt32:
         return load<std::int32_t>(element);
+      case DType::kBool:
+        return load<std::uint8_t>(element);
     }
     return 0;
   }
@@ -98,6 +100,8 @@ class Tensor {
         return store(element, float_to_bfloat16(narrow));
       case DType::kInt32:
         return store(element, static_cast<std::int32_t>(value));
+      case DType::kBool:
+        return store(element, static_cast<std::uint8_t>(value));
     }
   }
 
@@ -142,7 +146,7 @@ class Tensor {
   }
 
  private:
-  // All ones: NaN in every floating type, -1 in int32.
+  // All ones: NaN in every floating type, -1 in int32, true in bool.
   static constexpr unsigned char kFill = 0xff;
   // Odd, so that tensors are aligned to their element and to nothing wider.
   static constexpr std::int64_t kGuard = 37;

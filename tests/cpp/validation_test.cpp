@@ -56,6 +56,11 @@ struct Call {
     }
   }
 
+  // A mask or a dense bias, all of it one tensor's memory.
+  TensorView dense(DType dtype, std::initializer_list<std::int64_t> shape) {
+    return contiguous_view(dense_memory.data(), dtype, shape);
+  }
+
   static Tensor offsets(const Index& values) {
     Tensor tensor(DType::kInt32, {static_cast<std::int64_t>(values.size())});
     for (std::size_t i = 0; i < values.size(); ++i) {
@@ -78,6 +83,7 @@ struct Call {
 
   Tensor score, expiry, query, key, value, bias, out, lse, dout, dlse, dq, dk, dv, dbias, cu_seqlens_q,
       cu_seqlens_k;
+  std::vector<double> dense_memory = std::vector<double>(1 * 4 * 6 * 10);
   SelectArgs select;
   ForwardArgs forward;
   BackwardArgs backward;
@@ -139,6 +145,8 @@ void check_both(const std::vector<Case<ForwardArgs>>& cases, bool packed) {
     backward_args.key = spoilt.key;
     backward_args.value = spoilt.value;
     backward_args.bias = spoilt.bias;
+    backward_args.mask = spoilt.mask;
+    if (spoilt.bias.rank == 4) backward_args.dbias = {};
     backward_args.expiry = spoilt.expiry;
     backward_args.score = spoilt.score;
     backward_args.keep_window = spoilt.keep_window;
@@ -349,6 +357,32 @@ TEST_F(Validation, Attention) {
              a.plan.stride[0] = 2;
            },
            "plan: got strides [2], expected contiguous memory"},
+          {[](Call& c, ForwardArgs& a) { a.bias = c.dense(DType::kFloat16, {2, 3, 3, 5}); },
+           "bias: got shape [2, 3, 3, 5], expected [B, H, Sq, Sk] with B = 2 or 1, H = 4, 2 or 1, "
+           "Sq = 3 or 1, Sk = 5"},
+          {[](Call& c, ForwardArgs& a) { a.bias = c.dense(DType::kFloat32, {2, 4, 3, 1}); },
+           "bias: got shape [2, 4, 3, 1], expected [B, H, Sq, Sk] with B = 2 or 1, H = 4, 2 or 1, "
+           "Sq = 3 or 1, Sk = 5"},
+          {[](Call& c, ForwardArgs& a) { a.bias = c.dense(DType::kBool, {2, 4, 3, 5}); },
+           "bias: got dtype bool, expected float64, float32, bfloat16 or float16"},
+          {[](Call& c, ForwardArgs& a) {
+             a.bias = c.dense(DType::kFloat32, {1, 1, 3, 5});
+             a.plan = contiguous_view(c.expiry.view().data, DType::kInt32, {5});
+           },
+           "plan: got a tensor with a mask or a bias with a query axis, expected none"},
+          {[](Call& c, ForwardArgs& a) { a.mask = c.dense(DType::kBool, {2, 4, 2, 5}); },
+           "mask: got shape [2, 4, 2, 5], expected [B, H, Sq, Sk] with B = 2 or 1, H = 4, 2 or 1, "
+           "Sq = 3 or 1, Sk = 5"},
+          {[](Call& c, ForwardArgs& a) { a.mask = c.dense(DType::kBool, {2, 2, 5}); },
+           "mask: got shape [2, 2, 5], expected [B, H, Sq, Sk] with B = 2 or 1, H = 4, 2 or 1, "
+           "Sq = 3 or 1, Sk = 5"},
+          {[](Call& c, ForwardArgs& a) { a.mask = c.dense(DType::kFloat32, {2, 4, 3, 5}); },
+           "mask: got dtype float32, expected bool"},
+          {[](Call& c, ForwardArgs& a) {
+             a.mask = c.dense(DType::kBool, {1, 1, 1, 5});
+             a.plan = contiguous_view(c.expiry.view().data, DType::kInt32, {5});
+           },
+           "plan: got a tensor with a mask or a bias with a query axis, expected none"},
       },
       /*packed=*/false);
 }
@@ -374,6 +408,10 @@ TEST_F(Validation, AttentionPacked) {
            "key: got shape [2, 5, 2, 8], expected [total_k, Hkv, D] with D = 8"},
           {[](Call&, ForwardArgs& a) { make_shape(a.bias, {2, 10}); },
            "bias: got shape [2, 10], expected [total_k, Hkv] with total_k = 10, Hkv = 2"},
+          {[](Call& c, ForwardArgs& a) { a.bias = c.dense(DType::kFloat32, {1, 4, 6, 10}); },
+           "bias: got shape [1, 4, 6, 10], expected [total_k, Hkv] with total_k = 10, Hkv = 2"},
+          {[](Call& c, ForwardArgs& a) { a.mask = c.dense(DType::kBool, {1, 4, 6, 10}); },
+           "mask: got a tensor with cu_seqlens, expected none: packed sequences take no mask"},
           {with_offsets({0, 3, 6}, {0, 11, 10}),
            "cu_seqlens_k: got 10 at index 2, expected at least 11, the offset "
            "before it"},
@@ -443,6 +481,13 @@ TEST_F(Validation, BackwardTensors) {
        "output share memory"},
       {[](Call&, BackwardArgs& a) { a.dbias.dtype = DType::kFloat16; },
        "dbias: got dtype float16, expected float32"},
+      {[](Call& c, BackwardArgs& a) { a.bias = c.dense(DType::kFloat16, {2, 1, 3, 5}); },
+       "dbias: got shape [2, 2, 5], expected [B, H, Sq, Sk] with B = 2, H = 1, Sq = 3, Sk = 5"},
+      {[](Call& c, BackwardArgs& a) {
+         a.bias = c.dense(DType::kFloat16, {1, 1, 1, 5});
+         make_shape(a.dbias, {1, 1, 1, 5});
+       },
+       "dbias: got dtype float32, expected float16"},
       {[](Call&, BackwardArgs& a) { a.bias = {}; }, "dbias: got a tensor without bias, expected none"},
   };
   for (const Case<BackwardArgs>& one : cases) {

@@ -76,9 +76,14 @@ def test_gradcheck_packed(kernel, causal):
     count("property")
 
 
-@pytest.mark.parametrize("form", ["[B, H, Sq, Sk]", "[1, Hkv, Sq, Sk]", "[B, 1, Sq, Sk]", "[B, H, 1, Sk]"])
-def test_gradcheck_dense_bias(kernel, form):
+FORMS = ["[B, H, Sq, Sk]", "[1, Hkv, Sq, Sk]", "[B, 1, Sq, Sk]", "[B, H, 1, Sk]", "[1, H, 1, Sk]"]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck_dense_bias(kernel, form, masked):
     problem = make(Case(**SMALL)).to(kernel.device)
+    mask = torch.rand(2, 2, 5, 7, device=kernel.device) < 0.7 if masked else None
     sizes = {"B": 2, "H": 4, "Hkv": 2, "Sq": 5, "Sk": 7, "1": 1}
     bias = torch.randn(
         [sizes[axis] for axis in form[1:-1].split(", ")], dtype=torch.float64, device=kernel.device
@@ -86,7 +91,9 @@ def test_gradcheck_dense_bias(kernel, form):
     leaves = leaves_of(problem)[:3] + [bias.requires_grad_()]
 
     def function(query, key, value, bias):
-        return flash_dmattn_func(query, key, value, attn_bias=bias, is_causal=True, return_lse=True)
+        return flash_dmattn_func(
+            query, key, value, attn_bias=bias, attn_mask=mask, is_causal=True, return_lse=True
+        )
 
     assert torch.autograd.gradcheck(function, leaves, nondet_tol=0.0)
     count("property")
@@ -173,12 +180,15 @@ def test_autocast_leaves_float64_alone(kernel):
         )
 
 
+@pytest.mark.parametrize("dense_bias", [None, "1 Hkv Sq Sk"])
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_activation_checkpointing(kernel, use_reentrant):
-    problem = make(Case(seqlen_q=60, seqlen_k=60, head_dim=16)).to(kernel.device)
+def test_activation_checkpointing(kernel, use_reentrant, dense_bias):
+    case = Case(batch=2, seqlen_q=60, seqlen_k=60, head_dim=16, dense_bias=dense_bias)
+    problem = make(case).to(kernel.device)
+    options = dict(keep_window_size=16) if dense_bias is None else {}
 
     def function(query, key, value, bias):
-        return flash_dmattn_func(query, key, value, attn_bias=bias, keep_window_size=16, is_causal=True)
+        return flash_dmattn_func(query, key, value, attn_bias=bias, is_causal=True, **options)
 
     grads = []
     for call in (lambda *leaves: checkpoint(function, *leaves, use_reentrant=use_reentrant), function):

@@ -34,6 +34,9 @@ CASES = [
     )
 ] + [
     Case(seqlen_q=20, seqlen_k=20, head_dim=16, keep_window=None, bias="none"),
+    Case(seqlen_q=20, seqlen_k=33, head_dim=16, keep_window=8, mask="B Hkv Sq Sk", dtype="bf16"),
+    Case(seqlen_q=20, seqlen_k=33, head_dim=16, keep_window=None, mask="1 1 Sq Sk", dense_bias="B H Sq Sk"),
+    Case(seqlen_q=20, seqlen_k=33, head_dim=16, keep_window=None, dense_bias="1 1 1 Sk", dense_dtype="bf16"),
     Case(lengths=((5, 9), (0, 3), (12, 12)), head_dim=16, keep_window=4, dlse=True),
 ]
 with_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -128,6 +131,20 @@ def attend_with_everything(query, key, value, bias):
     return out, out.float().mean()
 
 
+def attend_densely(query, key, value, bias):
+    """A mask that depends on the rows, and a bias whose gradient is a sum over the batch."""
+    expiry = flash_dmattn.select_keys(bias, 8)
+    mask = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device).triu(-3)
+    dense_bias = (query.mean((0, 2, 3))[:, None] * bias.mean((0, 1))).to(bias.dtype)
+    return flash_dmattn_func(
+        query, key, value, attn_bias=dense_bias[None, None], attn_mask=mask[None, None], expiry=expiry,
+        is_causal=True, return_lse=True,
+    )  # fmt: skip
+
+
+FUNCTIONS = [attend, attend_with_everything, attend_densely]
+
+
 def compare_compiled(function, compiled, arguments):
     results = []
     for call in (function, compiled):
@@ -149,7 +166,7 @@ def arguments_of(kernel, batch, seqlen_q, seqlen_k, heads_q=4, dtype="f32"):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("function", [attend, attend_with_everything])
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_compiled_with_static_shapes(kernel, function, backend):
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
@@ -157,7 +174,7 @@ def test_compiled_with_static_shapes(kernel, function, backend):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("function", [attend, attend_with_everything])
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_compiled_with_dynamic_shapes(kernel, function, backend):
     """One compilation serves all sizes; inductor may add one, for loops that grow long enough for threads."""
     torch._dynamo.reset()

@@ -6,9 +6,9 @@
 
 #include "cuda/common/arguments.h"
 #include "cuda/common/launch.h"
-#include "cuda/common/log2.h"
 #include "cuda/sm80/backward_dkv_kernel.cuh"
 #include "cuda/sm80/backward_dq_kernel.cuh"
+#include "cuda/sm80/backward_params.h"
 #include "cuda/sm80/instances.h"
 #include "cuda/sm80/kernels.h"
 #include "cuda/sm80/partials.cuh"
@@ -34,38 +34,6 @@ std::int64_t partial_rows_per_head(const BackwardArgs& args, const Geometry& geo
   const std::int64_t most = plan.layout.num_entries;
   if (args.keep_window <= 0 || args.keep_window > most) return most;
   return std::min(most, 2 * args.keep_window * plan.layout.num_segments);
-}
-
-template <typename Element>
-BackwardParams<Element> make_params(const BackwardArgs& args, const PlanView& plan,
-                                    const BackwardBuffers& buffers) {
-  const Geometry geometry = make_geometry(args);
-  return {
-      .geometry = geometry,
-      .plan = plan,
-      .tiles = {},
-      .query = rows_tensor<const Element>(args.query),
-      .key = rows_tensor<const Element>(args.key),
-      .value = rows_tensor<const Element>(args.value),
-      .out = rows_tensor<const Element>(args.out),
-      .dout = rows_tensor<const Element>(args.dout),
-      .lse = query_tensor<const float>(args.lse),
-      .dlse = query_tensor<const float>(args.dlse),
-      .dq = rows_tensor<Element>(args.dq),
-      .dk = rows_tensor<Element>(args.dk),
-      .dv = rows_tensor<Element>(args.dv),
-      .dbias = key_tensor<float>(args.dbias),
-      .stats = buffers.stats,
-      .partials = buffers.partials,
-      .partial_rows = buffers.partial_rows,
-      .max_partial_rows = buffers.max_partial_rows,
-      .first_head = 0,
-      .num_heads = geometry.heads_kv,
-      .head_dim = static_cast<int>(args.query.shape[args.query.rank - 1]),
-      .scale = static_cast<float>(args.scale),
-      .scale_log2 = static_cast<float>(args.scale * kLog2E),
-      .causal = args.causal,
-  };
 }
 
 // dK, dV and dbias of kv heads params.first_head .. params.first_head + params.num_heads - 1.
@@ -103,7 +71,11 @@ template <typename KeyConfig, typename QueryConfig>
 cudaError_t run(const BackwardArgs& args, const PlanView& plan, const BackwardBuffers& buffers,
                 cudaStream_t stream) {
   using Element = typename KeyConfig::Element;
-  BackwardParams<Element> params = make_params<Element>(args, plan, buffers);
+  BackwardParams<Element> params = make_params<Element>(args, plan, buffers.stats);
+  params.dbias = key_tensor<float>(args.dbias);
+  params.partials = buffers.partials;
+  params.partial_rows = buffers.partial_rows;
+  params.max_partial_rows = buffers.max_partial_rows;
   const Geometry& geometry = params.geometry;
   const std::int64_t rows = geometry.total_q() * geometry.heads_q;
   cudaError_t status =

@@ -11,11 +11,10 @@
 // their order alone: a tile of keys in which it sees none leaves m, l and O as they are, bit for bit.
 #pragma once
 
-#include <cmath>
-
-#include "cuda/common/log2.h"
 #include "cuda/sm80/logits.cuh"
 #include "cuda/sm80/params.h"
+#include "cuda/sm80/row_tile_io.cuh"
+#include "cuda/sm80/softmax_rows.cuh"
 #include "cuda/sm80/tile.cuh"
 
 namespace flash_dmattn::cuda::sm80 {
@@ -39,75 +38,6 @@ struct ForwardConfig {
     KeySlot<kTileN> slots[2];
     RowPlace places[kTileM];
   };
-};
-
-// The running softmax of the rows of one thread: row i of block m is row lane / 4 + 8 * i of the warp's block
-// m.
-template <int kMTiles>
-struct SoftmaxRows {
-  float max[kMTiles][2];  // of the logits so far, times log2(e); -inf: no key was visible yet
-  float sum[kMTiles][2];  // of this thread's columns
-
-  __device__ void start() {
-#pragma unroll
-    for (int m = 0; m < kMTiles; ++m) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        max[m][i] = -INFINITY;
-        sum[m][i] = 0;
-      }
-    }
-  }
-
-  // logits (times log2(e)) become probabilities relative to the new maximum; acc is rescaled to it.
-  template <int kNTiles, int kColumns>
-  __device__ void step(float (&logits)[kMTiles][kNTiles][4], float (&acc)[kMTiles][kColumns][4]) {
-#pragma unroll
-    for (int m = 0; m < kMTiles; ++m) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float tile_max = max[m][i];
-#pragma unroll
-        for (int n = 0; n < kNTiles; ++n) {
-          tile_max = fmaxf(tile_max, fmaxf(logits[m][n][2 * i], logits[m][n][2 * i + 1]));
-        }
-        tile_max = fmaxf(tile_max, __shfl_xor_sync(0xffffffffu, tile_max, 1));
-        tile_max = fmaxf(tile_max, __shfl_xor_sync(0xffffffffu, tile_max, 2));
-        // While no key is visible 0 is subtracted, since (-inf) - (-inf) is NaN.
-        const float base = tile_max == -INFINITY ? 0 : tile_max;
-        const float rescale = exp2_approx(max[m][i] - base);
-        max[m][i] = tile_max;
-        float tile_sum = 0;
-#pragma unroll
-        for (int n = 0; n < kNTiles; ++n) {
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            float& logit = logits[m][n][2 * i + c];
-            logit = exp2_approx(logit - base);
-            tile_sum += logit;
-          }
-        }
-        sum[m][i] = sum[m][i] * rescale + tile_sum;
-#pragma unroll
-        for (int n = 0; n < kColumns; ++n) {
-          acc[m][n][2 * i] *= rescale;
-          acc[m][n][2 * i + 1] *= rescale;
-        }
-      }
-    }
-  }
-
-  // Adds up what the four threads of a row have.
-  __device__ void finish() {
-#pragma unroll
-    for (int m = 0; m < kMTiles; ++m) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        sum[m][i] += __shfl_xor_sync(0xffffffffu, sum[m][i], 1);
-        sum[m][i] += __shfl_xor_sync(0xffffffffu, sum[m][i], 2);
-      }
-    }
-  }
 };
 
 template <typename Config>
@@ -145,16 +75,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   place_rows<kTileM, kThreads>(shared.places, tile.num_heads, tile.num_rows);
   if (more) load_entries<kTileN, kThreads>(shared.slots[0], visits.list, keys, sequence.seqlen_k);
   __syncthreads();
-  const Element* query = params.query.head(geometry, sequence.index, sequence.begin_q, tile.first_head) +
-                         tile.first_row * params.query.row_stride;
-  copy.template load<kTileM>(
-      query_tile,
-      [&](int m) {
-        const RowPlace place = shared.places[m];
-        return reinterpret_cast<const char*>(query + max(place.row, 0) * params.query.row_stride +
-                                             place.head * params.query.head_stride);
-      },
-      [&](int m) { return shared.places[m].row >= 0; });
+  load_tile_rows<kHeadDim, kTileM>(query_tile, copy, params.query, geometry, tile, shared.places);
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
@@ -217,31 +138,17 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int local = first_m + m * 16 + i * 8 + lane / 4;
-      const float sum = softmax.sum[m][i];
-      const float inverse = sum == 0 ? 0 : 1 / sum;
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-        const SharedAddress chunk = tile_address<kHeadDim>(0, local, n);
-        reinterpret_cast<std::uint32_t*>(shared.query)[chunk / 4 + lane % 4] =
-            pack<Element>(acc[m][n][2 * i] * inverse, acc[m][n][2 * i + 1] * inverse);
-      }
+      put_row<Element, kHeadDim>(shared.query, local, acc[m], i, softmax.inverse_sum(m, i));
       const RowPlace place = shared.places[local];
       if (params.lse.present() && lane % 4 == 0 && place.row >= 0) {
         float* lse =
             params.lse.head(geometry, sequence.index, sequence.begin_q, tile.first_head + place.head);
-        lse[(tile.first_row + place.row) * params.lse.stride] =
-            sum == 0 ? -INFINITY : (softmax.max[m][i] + log2f(sum)) * kLn2;
+        lse[(tile.first_row + place.row) * params.lse.stride] = softmax.lse(m, i);
       }
     }
   }
-  __syncwarp();
-  Element* out = params.out.head(geometry, sequence.index, sequence.begin_q, tile.first_head) +
-                 tile.first_row * params.out.row_stride;
-  store_rows<Element, kHeadDim, 16 * kMTiles>(shared.query, first_m, params.head_dim, [&](int m) -> Element* {
-    const RowPlace place = shared.places[m];
-    return place.row < 0 ? nullptr
-                         : out + place.row * params.out.row_stride + place.head * params.out.head_stride;
-  });
+  store_tile_rows<16 * kMTiles, kHeadDim>(shared.query, first_m, params.head_dim, params.out, geometry, tile,
+                                          shared.places);
 }
 
 }  // namespace flash_dmattn::cuda::sm80
