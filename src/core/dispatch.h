@@ -35,12 +35,14 @@ struct Pass {
       return nullptr;
     }
     const Args args = canonical(given);
+    for (const Kernel<Args>& kernel : kernels) {
+      if (kernel.device == target.device_type && kernel.why_not(args, target).empty()) return &kernel;
+    }
     bool has_cuda = false;
     for (const Kernel<Args>& kernel : kernels) {
       has_cuda |= kernel.device == DeviceType::kCuda;
-      const std::string reason = reason_of(kernel, args, target);
-      if (reason.empty()) return &kernel;
-      message.append(message.empty() ? "" : "; ").append(kernel.name).append(": ").append(reason);
+      message.append(message.empty() ? "" : "; ").append(kernel.name).append(": ");
+      message.append(reason_of(kernel, args, target));
     }
     if (!has_cuda) message.append(message.empty() ? "" : "; ").append("this build has no CUDA kernels");
     status =
@@ -55,10 +57,13 @@ struct Pass {
     const Args args = canonical(given);
     const std::size_t needed = kernel->workspace_bytes(args, target);
     Validator check(function, target);
-    check.require(workspace.bytes >= needed, "workspace", std::to_string(workspace.bytes) + " bytes",
-                  "at least " + std::to_string(needed) + ", as workspace_bytes says");
-    check.require(workspace.data != nullptr || needed == 0, "workspace", "a null pointer",
-                  std::to_string(needed) + " bytes of memory");
+    if (workspace.bytes < needed) {
+      check.fail("workspace", std::to_string(workspace.bytes) + " bytes",
+                 "at least " + std::to_string(needed) + ", as workspace_bytes says");
+    }
+    if (workspace.data == nullptr && needed > 0) {
+      check.fail("workspace", "a null pointer", std::to_string(needed) + " bytes of memory");
+    }
     if (!check.ok()) return Status::invalid(check.message());
     return kernel->run(args, target, workspace);
   }

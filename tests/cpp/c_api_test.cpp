@@ -328,7 +328,7 @@ TEST(CApi, ResultsAreThoseOfTheCppInterface) {
       backward_args.dq = gradients.dq.view();
       backward_args.dk = gradients.dk.view();
       backward_args.dv = gradients.dv.view();
-      if (c.bias) backward_args.dbias = gradients.dbias.view();
+      if (problem.has_bias()) backward_args.dbias = gradients.dbias.view();
       return gradients;
     };
     const Gradients wanted = gradients_of();
@@ -443,6 +443,21 @@ TEST(CApi, NoMemoryForAMessage) {
   EXPECT_EQ(bytes, 0u);
   EXPECT_STREQ(text, "");
   EXPECT_EQ(error(), "flash_dmattn::forward: got no memory for a message or text");
+}
+
+// A call that is not refused asks for no memory.
+TEST(CApi, ValidCallsAllocateNothing) {
+  const Calls calls;
+  flash_dmattn_select_args many = calls.select;
+  many.keep_window = many.num_sinks = many.local_window = kMax;
+  std::vector<unsigned char> memory(1 << 22);
+  memory_is_out = true;
+  const bool all = c_run(&calls.select, nullptr, memory.data(), memory.size()) == FLASH_DMATTN_OK &&
+                   c_run(&many, nullptr, memory.data(), memory.size()) == FLASH_DMATTN_OK &&
+                   c_run(&calls.forward, nullptr, memory.data(), memory.size()) == FLASH_DMATTN_OK &&
+                   c_run(&calls.backward, nullptr, memory.data(), memory.size()) == FLASH_DMATTN_OK;
+  memory_is_out = false;
+  EXPECT_TRUE(all) << error();
 }
 
 TEST(CApi, Texts) {

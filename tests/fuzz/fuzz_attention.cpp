@@ -32,6 +32,15 @@ Case read_case(Input& input) {
   c.strides = input.pick({Strides::kContiguous, Strides::kPermuted, Strides::kGaps, Strides::kReversed});
   c.disabled_keys = input.pick({0.0, 0.3, 1.0});
   c.tied_scores = input.chance(64);
+  if (c.packed) return c;
+  const auto form = [&] {
+    return DenseForm{.batch = !input.chance(64),
+                     .heads = input.pick({DenseForm::kOfQueries, DenseForm::kOfKeys, DenseForm::kOne}),
+                     .rows = !input.chance(64)};
+  };
+  if (input.chance(80)) c.mask = form();
+  if (input.chance(80)) c.dense_bias = form();
+  c.dense_dtype = input.pick({DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64});
   return c;
 }
 
