@@ -62,7 +62,7 @@ struct Sizes {
     seqlen_q = input.below(7);
     seqlen_k = seqlen_q + input.below(5);
     heads_kv = 1 + input.below(3);
-    heads_q = heads_kv * (1 + input.below(3));
+    heads_q = heads_kv * (input.chance(16) ? 0 : 1 + input.below(3));
     head_dim = 1 + input.below(18);
     dtype =
         input.pick({FLASH_DMATTN_FLOAT32, FLASH_DMATTN_FLOAT64, FLASH_DMATTN_FLOAT16, FLASH_DMATTN_BFLOAT16});
