@@ -420,7 +420,9 @@ std::string compare_one(const Problem& p, const Expectation& expectation, const 
 
 const Passes kCppPasses = {
     [](const ForwardArgs& args, const Target& target, Poison poison) { run(forward, args, target, poison); },
-    [](const BackwardArgs& args, const Target& target, Poison poison) { run(backward, args, target, poison); }};
+    [](const BackwardArgs& args, const Target& target, Poison poison) {
+      run(backward, args, target, poison);
+    }};
 
 Outputs run_case(const Problem& problem, const Expectation& expectation, const Target& target, Poison poison,
                  int gradients, const Passes& passes) {

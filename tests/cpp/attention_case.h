@@ -114,8 +114,7 @@ extern const Passes kCppPasses;
 // Runs both passes; the backward reads the oracle's out and lse, rounded, so that its errors are its own. It
 // computes the gradients whose bits are set: dq 1, dk 2, dv 4, dbias 8.
 Outputs run_case(const Problem& problem, const Expectation& expectation, const Target& target = {},
-                 Poison poison = Poison::kNaN, int gradients = 15,
-                 const Passes& passes = kCppPasses);
+                 Poison poison = Poison::kNaN, int gradients = 15, const Passes& passes = kCppPasses);
 
 // "" or one line about the worst element that the error budget does not cover.
 std::string compare(const Problem& problem, const Expectation& expectation, const Outputs& outputs);
