@@ -8,6 +8,7 @@ and SwiGLU, an RMSNorm before each; the output shares the embedding's weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,11 @@ class ModelConfig:
     heads_kv: int = 2
     mlp_width: int = 344
     previous_bytes: int = 3
+
+
+class Selection(NamedTuple):
+    score: Tensor  # [B, Hkv, S]
+    expiry: Tensor
 
 
 class Block(nn.Module):
@@ -74,12 +80,12 @@ class ByteModel(nn.Module):
         return self.final_norm(x) @ self.embeddings[0].weight.T
 
     @torch.no_grad()
-    def selections(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """score and expiry [B, Hkv, S] of every layer: which positions see each key."""
+    def selections(self, tokens: Tensor) -> list[Selection]:
+        """Of every layer: which positions see each key."""
         x, rotary = self._embed(tokens)
         found = []
         for block in self.blocks:
-            found.append(block.attention.selection(block.attention_norm(x)))
+            found.append(Selection(*block.attention.selection(block.attention_norm(x))))
             x = block(x, rotary)
         return found
 

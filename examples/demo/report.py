@@ -1,4 +1,4 @@
-"""What the demo shows after the training: two pictures, and the attention timed beside PyTorch's own."""
+"""What the demo shows after the training: three pictures, and the attention timed beside PyTorch's own."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from corpus import START
-from flash_dmattn import flash_dmattn_func, select_keys
-from model import ByteModel, ModelConfig
+from flash_dmattn import flash_dmattn_func, select_keys, viz
+from model import ModelConfig, Selection
 
 REPEATS = 5
 
@@ -39,10 +39,9 @@ def draw_loss(
     plt.close(figure)
 
 
-def draw_heads(model: ByteModel, tokens: Tensor, path: Path) -> None:
-    """For every key/value head the interval of positions that see each key, one horizontal line per key."""
-    selections = model.selections(tokens[None])
-    heads_kv, seqlen = model.config.heads_kv, len(tokens)
+def draw_heads(selections: list[Selection], tokens: Tensor, path: Path) -> None:
+    """For every key/value head the interval of positions that see each key of the first sequence, tokens."""
+    heads_kv, seqlen = selections[0].expiry.shape[1:]
     figure, grid = plt.subplots(
         len(selections),
         heads_kv,
@@ -50,35 +49,37 @@ def draw_heads(model: ByteModel, tokens: Tensor, path: Path) -> None:
         layout="constrained",
         squeeze=False,
     )
-    key = torch.arange(seqlen)
     for layer, (score, expiry) in enumerate(selections):
         for head in range(heads_kv):
-            axes, dies = grid[layer, head], expiry[0, head].long()
-            lines = axes.hlines(
-                key, key, dies, linewidth=0.3, array=_percentile(score[0, head]), cmap="viridis"
-            )
+            axes = viz.draw_intervals(expiry, score, head=head, ax=grid[layer, head])
+            dies = expiry[0, head].long()
             kept = int((dies == seqlen).sum())
-            axes.set(
-                xlim=(0, seqlen),
-                ylim=(seqlen, 0),
-                xlabel="position of the query",
-                ylabel="position of the key",
-            )
             axes.set_title(
                 f"layer {layer}, key/value head {head}: {kept} of {seqlen} keys seen at the end\n"
-                f"kept longest, of frequent bytes: {_longest_kept(tokens, dies - key)}",
+                f"kept longest, of frequent bytes: {_longest_kept(tokens, dies - torch.arange(seqlen))}",
                 fontsize=10,
             )
-    figure.colorbar(lines, ax=grid, shrink=0.5, label="percentile of the key's score in the sequence")
+    bars = grid[0, 0].collections[-1]
+    figure.colorbar(bars, ax=grid, shrink=0.5, label="percentile of the key's score in the sequence")
     figure.suptitle(
-        "What a head sees: key j is visible to the positions of its line, from its own to its expiry"
+        "What a head sees: key j is visible to the positions of its bar, from its own to its expiry"
     )
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def _percentile(score: Tensor) -> Tensor:
-    return score.argsort().argsort() * (100 / len(score))
+def draw_lifetimes(selections: list[Selection], keep_window: int, path: Path) -> None:
+    """How long the heads of every layer keep their keys, between the two extremes."""
+    figure, row = plt.subplots(
+        1, len(selections), figsize=(6 * len(selections), 4.4), layout="constrained", squeeze=False
+    )
+    for layer, (axes, (_, expiry)) in enumerate(zip(row[0], selections)):
+        viz.draw_lifetimes(expiry, keep_window, ax=axes).set_title(f"layer {layer}")
+    lowest = min(axes.get_ylim()[0] for axes in row[0])
+    plt.setp(row[0], ylim=(lowest, 1.3))
+    figure.suptitle("How long a key is seen, on held-out files")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def _longest_kept(tokens: Tensor, lifetime: Tensor) -> str:

@@ -4,9 +4,9 @@
     python examples/demo/train.py --steps 300     the same result every time, to the bit, on one machine
     python examples/demo/train.py --resume        go on from the last checkpoint, interrupted or not
 
-Writes checkpoint.pt, loss.png and heads.png to --out. Prints the loss on files held out of the training
-beside that of a bigram model, a sample of the model's own, and the time of the attention beside that of
-PyTorch's.
+Writes checkpoint.pt, loss.png, heads.png and lifetimes.png to --out. Prints the loss on files held out of
+the training beside that of a bigram model, a sample of the model's own, and the time of the attention beside
+that of PyTorch's.
 """
 
 from __future__ import annotations
@@ -184,8 +184,11 @@ def show_results(
         f"A bigram model on the same {evaluation[1].numel():,} bytes: {bigram:.3f}."
     )
     report.draw_loss(run.times, run.training_losses, run.held_out, bigram, arguments.out / "loss.png")
-    report.draw_heads(run.model, evaluation[0][len(evaluation[0]) // 2], arguments.out / "heads.png")
-    print(f"Wrote loss.png, heads.png and checkpoint.pt to {arguments.out}.\n\nA sample:\n")
+    tokens = evaluation[0].roll(-(len(evaluation[0]) // 2), 0)  # the middle one first: it is drawn
+    selections = run.model.selections(tokens)
+    report.draw_heads(selections, tokens[0], arguments.out / "heads.png")
+    report.draw_lifetimes(selections, arguments.keep_window, arguments.out / "lifetimes.png")
+    print(f"Wrote loss.png, heads.png, lifetimes.png and checkpoint.pt to {arguments.out}.\n\nA sample:\n")
     prompt = torch.tensor([START, *SAMPLE_PROMPT.encode()])
     generator = torch.Generator().manual_seed(arguments.seed)
     sample = run.model.generate(prompt, 400, context=512, temperature=0.7, generator=generator)

@@ -44,7 +44,7 @@ class Problem(NamedTuple):
     expiry: Tensor | None  # int32, shaped like bias
     score: Tensor | None  # to select from, broadcastable to bias's shape; -inf wherever a key is disabled
     keep_window_size: int | None  # present with score
-    dense_bias: Tensor | None  # [B | 1, 1 | Hkv | H, Sq | 1, Sk], of any floating type
+    dense_bias: Tensor | None  # [B | 1, 1 | Hkv | H, Sq | 1, Sk], float64 with float64 alone
     dense_mask: Tensor | None  # bool, shaped likewise
     cu_seqlens_q: Tensor | None  # int32 [sequences + 1], packed only
     cu_seqlens_k: Tensor | None
@@ -182,6 +182,8 @@ def _problem(
         expiry = forms.hide_masked(expiry, mask)
     if bias is not None:
         bias = forms.expand(bias.to(accumulate))
+    if dense_bias is not None and dense_bias.dtype == torch.float64:
+        dense_bias = dense_bias.to(accumulate)
     return Problem(
         function=function,
         query=query,

@@ -33,6 +33,7 @@ class Case(NamedTuple):
     is_causal: bool
     num_padded: int = 0  # keys hidden by a mask, at the start: with causality the first rows see nothing
     cu_seqlens: tuple[int, ...] | None = None
+    is_dense: bool = False  # mask and bias have a query axis
 
 
 CASES = (
@@ -42,6 +43,7 @@ CASES = (
     Case("window, not causal", 90, 60, 21, False),
     Case("window, packed", 180, 180, 25, True, cu_seqlens=(0, 100, 100, 101, 180)),
     Case("no window", 150, 170, None, True),
+    Case("dense mask and bias", 130, 170, None, True, is_dense=True),
 )
 
 
@@ -133,9 +135,12 @@ def _inputs(case: Case, dtype: torch.dtype) -> Inputs:
     grad_lse = normal(*batch, HEADS, case.seqlen_q, round_to=accumulate)
     mask = torch.arange(case.seqlen_k).expand(2, -1) >= case.num_padded if case.num_padded else None
     cu_seqlens = torch.tensor(case.cu_seqlens, dtype=torch.int32) if case.cu_seqlens else None
-    return Inputs(
-        (query, key, value, bias if cu_seqlens is not None else bias.mT), mask, cu_seqlens, grad_out, grad_lse
-    )
+    if case.is_dense:
+        mask = torch.rand(2, HEADS_KV, case.seqlen_q, case.seqlen_k, generator=generator) < 0.3
+        bias = normal(1, HEADS, case.seqlen_q, case.seqlen_k, round_to=accumulate)
+    elif cu_seqlens is None:
+        bias = bias.mT
+    return Inputs((query, key, value, bias), mask, cu_seqlens, grad_out, grad_lse)
 
 
 def _results(

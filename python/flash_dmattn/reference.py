@@ -123,7 +123,7 @@ def attention(
     compute_dtype = torch.promote_types(query.dtype, torch.float32)
 
     def by_group(dense: Tensor) -> Tensor:  # [B, 1 | Hkv | H, Sq, Sk] -> [B, 1 | Hkv, 1 | group, Sq, Sk]
-        per_query_head = dense.shape[1] == heads_q and group > 1
+        per_query_head = dense.shape[1] == heads_q and group != 1
         return dense.unflatten(1, (heads_kv, group)) if per_query_head else dense.unsqueeze(2)
 
     everywhere = torch.full((1, 1, seqlen_k), seqlen_k, device=query.device)

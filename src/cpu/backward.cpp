@@ -335,7 +335,11 @@ void run(const BackwardArgs& args, const ParallelFor& parallel_for, const Worksp
   }
   run_wave();
   store_key_sums<T>(problem, parallel_for);
-  if (problem.dense_dbias == DenseDbias::kShared) sum_shared_dbias<T>(problem, parallel_for);
+  if (problem.layout.heads_q == 0) {
+    if (problem.dense_dbias != DenseDbias::kNone) fill_with_zeros(args.dbias);
+  } else if (problem.dense_dbias == DenseDbias::kShared) {
+    sum_shared_dbias<T>(problem, parallel_for);
+  }
 }
 
 }  // namespace

@@ -34,7 +34,6 @@ class DenseKeys {
         mask_(args.mask),
         bias_(is_dense(args.bias) ? args.bias : TensorView{}),
         key_bias_(key_only<const T>(layout, args.bias, tile.sequence, tile.kv_head)),
-        causal_(args.causal),
         stride_(shape.score_stride),
         keys_(keys),
         entries_(scratch.entries),
@@ -44,27 +43,30 @@ class DenseKeys {
   // The next keys that some row sees: their entries, places and addends begin the arrays of the scratch. At
   // most kTileN; 0 when there are no more.
   int next() {
+    if (tile_.group == 0) return 0;
     for (int n = taken_; n < pending_; ++n) move_key<true>(n, n - taken_);
     pending_ -= taken_;
     while (pending_ < kTileN) {
       bool partial;
       const int found = keys_.next(key_bias_, kTileN, entries_ + pending_, places_ + pending_, &partial);
       if (found == 0) break;
-      pending_ += admit(pending_, found);
+      pending_ += admit(pending_, found, partial);
     }
     taken_ = std::min(pending_, kTileN);
     return taken_;
   }
 
  private:
-  // Of the `count` keys from `first` on, keeps those that some row sees, and returns their number.
-  int admit(int first, int count) {
+  // Of the `count` keys from `first` on, keeps those that some row sees, and returns their number. partial:
+  // the intervals of the keys hide some of them from some rows.
+  int admit(int first, int count, bool partial) {
     if (mask_.present()) {
       find_unmasked(first, count);
       count = keep_seen<false>(first, count);
       if (count == 0) return 0;
     }
-    fill_addends(first, count);
+    fill_addends(first, count, partial);
+    find_seen(first, count);
     return keep_seen<true>(first, count);
   }
 
@@ -114,9 +116,8 @@ class DenseKeys {
     }
   }
 
-  // The addends of the keys from `first` on; seen[n]: some row sees key first + n. Padding rows see nothing.
-  void fill_addends(int first, int count) {
-    std::fill_n(dense_.seen, count, std::uint8_t{0});
+  // The addends of the keys from `first` on. Padding rows see nothing.
+  void fill_addends(int first, int count, bool partial) {
     const bool heads_apart = layout_.tells_heads_apart(mask_) || layout_.tells_heads_apart(bias_);
     const std::int64_t heads = heads_apart ? tile_.group : 1;
     const std::int64_t copies = tile_.group / heads;
@@ -126,7 +127,7 @@ class DenseKeys {
       const Rows bias = dense_rows(layout_, bias_, tile_.sequence, head);
       for (std::int64_t i = tile_.row_begin; i < tile_.row_end; ++i) {
         load_bias(bias, i, first, count);
-        hide(mask, i, first, count);
+        hide(visible_keys(mask, i, first, count, partial), count);
         T* column = dense_.addend + first * stride_ + tile_.tile_row(i, in_group);
         for (int n = 0; n < count; ++n, column += stride_) {
           for (std::int64_t copy = 0; copy < copies; ++copy) column[copy] = dense_.values[n];
@@ -135,8 +136,20 @@ class DenseKeys {
     }
     const std::int64_t num_rows = tile_.num_rows();
     for (int n = first; n < first + count; ++n) {
-      std::fill_n(dense_.addend + n * stride_ + num_rows, tile_.num_panels() * kPanel - num_rows,
-                  -std::numeric_limits<T>::infinity());
+      std::fill_n(dense_.addend + n * stride_ + num_rows, tile_.num_panels() * kPanel - num_rows, kHidden);
+    }
+  }
+
+  // seen[n]: some row sees key first + n.
+  void find_seen(int first, int count) {
+    constexpr Tag<T> d;
+    for (int n = 0; n < count; ++n) {
+      const T* addend = dense_.addend + (first + n) * stride_;
+      auto hidden = hn::Eq(hn::Set(d, kHidden), hn::Set(d, kHidden));
+      for (std::int64_t r = 0; r < tile_.num_panels() * kPanel; r += kLanes<T>) {
+        hidden = hn::And(hidden, hn::Eq(hn::Load(d, addend + r), hn::Set(d, kHidden)));
+      }
+      dense_.seen[n] = !hn::AllTrue(d, hidden);
     }
   }
 
@@ -155,27 +168,45 @@ class DenseKeys {
     }
   }
 
-  // values[n] = the addend of row i and key first + n.
-  void hide(const Rows& mask, std::int64_t i, int first, int count) {
-    constexpr T kHidden = -std::numeric_limits<T>::infinity();
-    const std::int64_t position = i + tile_.offset;
+  // [n]: whether mask and intervals let row i see key first + n; null: all of them.
+  const std::uint8_t* visible_keys(const Rows& mask, std::int64_t i, int first, int count, bool partial) {
+    if (!mask.present() && !partial) return nullptr;
     const PlanEntry* entries = entries_ + first;
-    const std::int64_t mask_row = injected(Bug::kMaskRowBefore) && i > 0 ? i - 1 : i;
-    for (int n = 0; n < count; ++n) {
-      const PlanEntry entry = entries[n];
-      bool visible = !causal_ || (entry.key <= position && position < entry.expiry);
-      if (mask.present()) visible &= *mask.at(mask_row, entry.key) != std::byte{0};
-      const T addend = visible ? dense_.values[n] * std::numbers::log2e_v<T> : kHidden;
-      dense_.values[n] = addend;
-      dense_.seen[n] |= addend != kHidden;  // also where it is NaN
+    std::uint8_t* HWY_RESTRICT sees = dense_.sees;
+    std::fill_n(sees, count, std::uint8_t{1});
+    if (mask.present()) {
+      const std::int64_t mask_row = injected(Bug::kMaskRowBefore) && i > 0 ? i - 1 : i;
+      const auto* row = reinterpret_cast<const std::uint8_t*>(mask.row(mask_row));
+      if (mask.unit_stride() && consecutive(first, count)) {
+        if (!partial) return row + entries[0].key;
+        std::copy_n(row + entries[0].key, count, sees);
+      } else {
+        for (int n = 0; n < count; ++n) sees[n] = row[entries[n].key * mask.column_bytes];
+      }
     }
+    if (partial) {
+      const auto position = static_cast<std::int32_t>(i + tile_.offset);
+      for (int n = 0; n < count; ++n) {
+        if (entries[n].key > position || entries[n].expiry <= position) sees[n] = 0;
+      }
+    }
+    return sees;
   }
+
+  // values[n] = the addend of a key: from its bias, or -inf.
+  void hide(const std::uint8_t* HWY_RESTRICT sees, int count) {
+    T* HWY_RESTRICT values = dense_.values;
+    for (int n = 0; n < count; ++n) values[n] *= std::numbers::log2e_v<T>;
+    if (sees == nullptr) return;
+    for (int n = 0; n < count; ++n) values[n] = sees[n] != 0 ? values[n] : kHidden;
+  }
+
+  static constexpr T kHidden = -std::numeric_limits<T>::infinity();
 
   const Layout& layout_;
   const QueryTile& tile_;
   TensorView mask_, bias_;  // absent where there is none; the bias also where it is key-only
   VectorView<const T> key_bias_;
-  bool causal_;
   std::int64_t stride_;
   TileKeys keys_;
   PlanEntry* entries_;

@@ -103,6 +103,21 @@ inline Rows dense_rows(const Layout& layout, const TensorView& tensor, const Seq
   }
 }
 
+inline void fill_with_zeros(const TensorView& dense) {
+  const auto& shape = dense.shape;
+  const std::int64_t bytes = static_cast<std::int64_t>(dtype_size(dense.dtype));
+  for (std::int64_t b = 0; b < shape[0]; ++b) {
+    for (std::int64_t head = 0; head < shape[1]; ++head) {
+      for (std::int64_t i = 0; i < shape[2]; ++i) {
+        auto* row = static_cast<std::byte*>(dense.data) +
+                    (b * dense.stride[0] + head * dense.stride[1] + i * dense.stride[2]) * bytes;
+        for (std::int64_t j = 0; j < shape[3]; ++j)
+          store_element(0.0, dense.dtype, row + j * dense.stride[3] * bytes);
+      }
+    }
+  }
+}
+
 // One number per key of a bias or its gradient; absent where it is dense.
 template <class T>
 VectorView<T> key_only(const Layout& layout, const TensorView& bias, const Sequence& sequence,

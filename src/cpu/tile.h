@@ -39,13 +39,15 @@ struct TileShape {
 template <class T>
 struct DenseScratch {
   T* addend;           // [2 kTileN][score_stride]: bias in units of log 2; -inf: the row does not see the key
-  T* values;           // [kTileN]
-  std::uint8_t* seen;  // [kTileN]
+  T* values;           // [kTileN], of one row
+  std::uint8_t* seen;  // [kTileN], by some row
+  std::uint8_t* sees;  // [kTileN], of one row
 
   DenseScratch(const TileShape& shape, bool is_dense, Arena& arena)
       : addend(arena.take<T>(is_dense ? 2 * kTileN * shape.score_stride : 0)),
         values(arena.take<T>(is_dense ? kTileN : 0)),
-        seen(arena.take<std::uint8_t>(is_dense ? kTileN : 0)) {}
+        seen(arena.take<std::uint8_t>(is_dense ? kTileN : 0)),
+        sees(arena.take<std::uint8_t>(is_dense ? kTileN : 0)) {}
 };
 
 // Row r is head r % group of the group, at position row_begin + r / group.

@@ -147,6 +147,19 @@ TEST_F(Attention, NoHeads) {
     check_case({.sequences = {{3, 5}, {3, 5}}, .packed = packed, .heads_kv = 0, .group = 1}, 9);
     check_case({.sequences = {{3, 5}, {3, 5}}, .packed = packed, .heads_kv = 2, .group = 0}, 9);
   }
+  for (const auto heads : {DenseForm::kOne, DenseForm::kOfKeys, DenseForm::kOfQueries}) {
+    for (const bool rows : {true, false}) {
+      const DenseForm form{.batch = rows, .heads = heads, .rows = rows};
+      for (const std::int64_t heads_kv : {0, 2}) {
+        check_case({.sequences = {{3, 5}, {3, 5}},
+                    .heads_kv = heads_kv,
+                    .group = heads_kv == 0 ? 1 : 0,
+                    .mask = form,
+                    .dense_bias = form},
+                   9);
+      }
+    }
+  }
 }
 
 // Query, key and value may repeat elements along an axis, as dout does after out.sum().backward().

@@ -51,8 +51,9 @@ def fitted(value, dtypes, largest_work):
             value = dataclasses.replace(value, dtype=INSTEAD[value.dtype])
         if isinstance(value, Probe) and value.keep_window > LARGEST_WINDOW[value.dtype]:
             value = dataclasses.replace(value, dtype="f16")
-        if getattr(value, "score_dtype", None) == "f64" and "f64" not in dtypes:
-            value = dataclasses.replace(value, score_dtype="f32")
+        for name in ("score_dtype", "dense_dtype"):
+            if getattr(value, name, None) == "f64" and "f64" not in dtypes:
+                value = dataclasses.replace(value, **{name: "f32"})
         too_wide = "f32" not in dtypes and value.head_dim > LARGEST_HEAD_DIM
         return None if too_wide or work(value) > largest_work else value
     if isinstance(value, str) and value in DTYPES and value not in dtypes:

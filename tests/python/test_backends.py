@@ -276,6 +276,12 @@ def test_zero_sizes(kernel, backend, shape):
     assert results["out"].shape == query.shape and results["lse"].shape == (batch, heads_q, seqlen_q)
     for name, like in (("query", query), ("key", key), ("value", key), ("attn_bias", score)):
         assert results[f"d{name}"].shape == like.shape and (results[f"d{name}"] == 0).all()
+    for heads in {1, heads_kv, heads_q}:
+        dense = torch.randn(1, heads, seqlen_q, seqlen_k, device=kernel.device)
+        arguments = dict(query=query, key=key, value=key, attn_bias=dense, attn_mask=dense > 0)
+        results = run(backend, **arguments, is_causal=True)
+        assert (results["out"].shape, results["dattn_bias"].shape) == (query.shape, dense.shape)
+        assert (results["dattn_bias"] == 0).all()
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
