@@ -288,20 +288,6 @@ BackwardProblem make_problem(const BackwardArgs& args, int num_workers, Arena& a
           wave, partial, items,      dk_sum,        dv_sum, dense_dbias,    shared_dbias};
 }
 
-// Of a floating type.
-void clear(const TensorView& tensor) {
-  const auto item = static_cast<std::int64_t>(dtype_size(tensor.dtype));
-  const std::int64_t num_elements = tensor.num_elements();
-  for (std::int64_t i = 0; i < num_elements; ++i) {
-    std::int64_t offset = 0, rest = i;
-    for (int axis = tensor.rank - 1; axis >= 0; --axis) {
-      offset += rest % tensor.shape[axis] * tensor.stride[axis];
-      rest /= tensor.shape[axis];
-    }
-    std::memset(static_cast<std::byte*>(tensor.data) + offset * item, 0, item);
-  }
-}
-
 template <class T>
 void run(const BackwardArgs& args, const ParallelFor& parallel_for, const Workspace& workspace,
          void (*run_segment)(const BackwardProblem&, const SegmentItem&, int)) {
@@ -309,8 +295,6 @@ void run(const BackwardArgs& args, const ParallelFor& parallel_for, const Worksp
   BackwardProblem problem = make_problem<T>(args, parallel_for.num_workers, arena);
   problem.plans.build(args.expiry, parallel_for);
   clear_key_sums<T>(problem, parallel_for);
-  // Without query heads no tile stores it.
-  if (problem.layout.heads_q == 0 && args.dbias.present() && is_dense(args.bias)) clear(args.dbias);
 
   std::int64_t num_items = 0;
   std::int64_t used = 0;

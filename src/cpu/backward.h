@@ -94,7 +94,7 @@ enum class DenseDbias {
 };
 
 inline DenseDbias find_dense_dbias(const BackwardArgs& args, const Layout& layout) {
-  if (!args.dbias.present() || !is_dense(args.bias) || layout.heads_q == 0) return DenseDbias::kNone;
+  if (!args.dbias.present() || !is_dense(args.bias)) return DenseDbias::kNone;
   const auto& shape = args.bias.shape;
   const bool per_tile = shape[0] == layout.num_sequences && shape[2] == layout.max_seqlen_q &&
                         (shape[1] == layout.heads_q || shape[1] == layout.heads_kv);

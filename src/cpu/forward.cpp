@@ -272,9 +272,8 @@ void forward(const ForwardArgs& args, const Target& target, const Workspace& wor
   problem.plans.build(args.expiry, target.parallel_for);
   const auto tile = args.query.dtype == DType::kFloat64 ? HWY_DYNAMIC_DISPATCH(forward_tile_double)
                                                         : HWY_DYNAMIC_DISPATCH(forward_tile_float);
-  // Late tiles see more keys than early ones: the longest come first. Without query heads there is nothing to
-  // do.
-  const std::int64_t num_tiles = problem.layout.heads_q == 0 ? 0 : problem.plans.num_tiles();
+  // Late tiles see more keys than early ones: the longest come first.
+  const std::int64_t num_tiles = problem.plans.num_tiles();
   for_each_task(target.parallel_for, num_tiles,
                 [&](std::int64_t task, int worker) { tile(problem, num_tiles - 1 - task, worker); });
 }
