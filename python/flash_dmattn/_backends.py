@@ -6,9 +6,9 @@ slow path unawares.
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -209,7 +209,7 @@ def _native_why_not(device: str, problem: Problem) -> str:
     return _kernels_why_not(query.device, query.dtype, query.shape[-1], bias_dtype, has_mask)
 
 
-@functools.lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024)
 def _kernels_why_not(
     device: torch.device, dtype: torch.dtype, head_dim: int, bias_dtype: torch.dtype | None, has_mask: bool
 ) -> str:
@@ -329,9 +329,9 @@ def _reference_select(problem: SelectProblem) -> Tensor:
 
 
 BACKENDS = (
-    Backend("cuda", _cuda_unavailable, functools.partial(_native_why_not, "cuda"), _native_attend, _native_select),
+    Backend("cuda", _cuda_unavailable, partial(_native_why_not, "cuda"), _native_attend, _native_select),
     Backend(
-        "cpu", functools.partial(why_no_kernels, "cpu"), functools.partial(_native_why_not, "cpu"), _native_attend, _native_select
+        "cpu", partial(why_no_kernels, "cpu"), partial(_native_why_not, "cpu"), _native_attend, _native_select
     ),
     Backend("flex", _flex_unavailable, _flex_why_not, _flex_attend, _tensor_select),
     Backend("reference", lambda: "", _reference_why_not, _reference_attend, _reference_select),

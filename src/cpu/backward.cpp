@@ -5,6 +5,7 @@
 //   dS^T = P^T * (V dO^T - delta)                 forward: O = P V
 //   dV  += P^T dO      dK += dS^T Q      dbias += rowsum(dS^T)      dQ += dS K
 //
+// (dbias of a key-only bias; that of a dense one is dS, stored here or summed by shared_dbias.cpp.)
 // dQ of a row belongs to one tile. The sums of a key belong to every segment that sees it, so each segment
 // keeps partial sums of its own; after each wave of segments they are added, one segment after the other in
 // their order. So neither threads nor chance nor the size of a wave change the order of a sum.

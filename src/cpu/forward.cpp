@@ -7,7 +7,8 @@
 //   output   O = O * rescale + P V
 //
 // A row that does not see a key gives it a weight of exactly 0, and the sums of a row run over its keys in
-// ascending order, so neither the tile nor the block that a row shares with others changes its bits.
+// ascending order, so neither the tile nor the block that a row shares with others changes its bits. Only
+// under a mask or a dense bias does it matter to the blocks, and so to last bits, what neighbours see.
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/forward.cpp"

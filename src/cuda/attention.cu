@@ -12,6 +12,7 @@
 #include "cuda/common/arguments.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/row_tiles.cuh"
+#include "cuda/common/zero.cuh"
 #include "cuda/selection/plan_builder.h"
 #include "cuda/sm80/dense.h"
 #include "cuda/sm80/kernels.h"
@@ -119,8 +120,16 @@ std::string common_why_not(const Args& args, const Target& target) {
   return "";
 }
 
-// Nothing to compute and, the views being empty, nothing to point to.
+// No rows, and so no results but gradients of 0.
 bool is_empty(const Geometry& geometry) { return geometry.heads_q == 0 || geometry.num_sequences == 0; }
+
+cudaError_t zero_gradients(const BackwardArgs& args, cudaStream_t stream) {
+  cudaError_t status = cudaSuccess;
+  for (const TensorView* gradient : {&args.dk, &args.dv, &args.dbias}) {
+    if (status == cudaSuccess) status = fill_with_zeros(*gradient, stream);
+  }
+  return status;
+}
 
 }  // namespace
 
@@ -177,11 +186,10 @@ std::size_t backward_workspace_bytes(const BackwardArgs& args, const Target& tar
 }
 
 Status backward(const BackwardArgs& args, const Target& target, const Workspace& workspace) {
-  const Geometry geometry = make_geometry(args);
-  if (is_empty(geometry)) return {};
   const DeviceGuard guard(target.device_index);
   if (guard.status() != cudaSuccess) return device_status("backward", guard.status());
   const auto stream = static_cast<cudaStream_t>(target.stream);
+  if (is_empty(make_geometry(args))) return device_status("backward", zero_gradients(args, stream));
   if (has_dense(args)) {
     return device_status("backward", sm80::dense_backward(args, workspace, target.device_index, stream));
   }

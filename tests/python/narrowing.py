@@ -11,8 +11,8 @@ from probe import LARGEST_WINDOW, Probe
 # The suites that judge a kernel's operators. The others go through the public functions, whatever the
 # kernel.
 SUITES = (
-    "test_attention test_bitwise test_concurrency test_dense test_errors test_fuzz test_layouts test_non_finite test_plan "
-    "test_poison test_probe test_properties test_reductions test_selection"
+    "test_attention test_bitwise test_concurrency test_dense test_errors test_fuzz test_layouts "
+    "test_non_finite test_plan test_poison test_probe test_properties test_reductions test_selection"
 ).split()
 # Of these, what an emulated kernel is not run on: what goes through the public functions, what concerns no
 # CUDA kernel, what would take minutes.

@@ -112,8 +112,7 @@ def shape_of(form):
 
 
 def judge_public(kernel, problem, form, **forms):
-    """flash_dmattn_func with attn_bias or attn_mask in a form, against the oracle, which knows the rank-4 and the
-    key-only ones."""
+    """flash_dmattn_func with attn_bias or attn_mask in a form, against the oracle, which knows a dense one."""
     on_device = problem.to(kernel.device)
     leaves = [tensor.requires_grad_() for tensor in (on_device.query, on_device.key, on_device.value)]
     out, lse = flash_dmattn_func(*leaves, is_causal=problem.causal, return_lse=True, **forms)

@@ -144,9 +144,9 @@ cudaError_t zero_bias_grad(const DenseInputs& inputs, const DenseLists& lists, c
                              .bias = {},
                              .expiry = {},
                              .causal = inputs.causal};
-  const std::int64_t blocks = static_cast<std::int64_t>(lists.num_units) * lists.num_blocks;
-  return launch(zero_bias_grad_kernel, {static_cast<unsigned>(blocks), kListThreads, 0, stream}, params,
-                dbias);
+  const std::int64_t ctas =
+      static_cast<std::int64_t>(inputs.geometry.num_sequences) * inputs.geometry.heads_kv * lists.num_blocks;
+  return launch(zero_bias_grad_kernel, {static_cast<unsigned>(ctas), kListThreads, 0, stream}, params, dbias);
 }
 
 }  // namespace flash_dmattn::cuda::sm80

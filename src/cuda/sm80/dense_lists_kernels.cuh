@@ -323,21 +323,26 @@ inline __global__ void __launch_bounds__(kListThreads)
   if (threadIdx.x == 0) lists.row_counts[blockIdx.x] = num_listed;
 }
 
-// The bias's gradient where the kernel that owns it writes nothing: 0. A CTA per unit and aligned block.
+// The bias's gradient where the kernel that owns it writes nothing: 0. A CTA per sequence, kv head
+// and aligned block.
 inline __global__ void __launch_bounds__(kListThreads)
     zero_bias_grad_kernel(const __grid_constant__ ListParams params,
                           const __grid_constant__ PairTensor dbias) {
   const DenseLists& lists = params.lists;
-  const int unit = static_cast<int>(blockIdx.x / lists.num_blocks);
+  const Geometry& geometry = params.geometry;
   const int block = static_cast<int>(blockIdx.x % lists.num_blocks);
-  const int num_keys = min(kBlock, params.geometry.seqlen_k - block * kBlock);
-  const bool whole = is_whole(lists.all.seen[blockIdx.x], num_keys);
+  const int line = static_cast<int>(blockIdx.x / lists.num_blocks);
+  const int batch = line / geometry.heads_kv;
+  const int head_kv = line % geometry.heads_kv;
+  const int unit = lists.unit(batch, head_kv);
+  const int num_keys = min(kBlock, geometry.seqlen_k - block * kBlock);
+  const std::int64_t list_block = static_cast<std::int64_t>(unit) * lists.num_blocks + block;
+  const bool whole = is_whole(lists.all.seen[list_block], num_keys);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  for (int head = 0; head < lists.bit_heads; ++head) {
+  for (int head = 0; head < geometry.group(); ++head) {
     const std::uint64_t* words = lists.words(unit, head, block);
-    const std::int64_t first = dbias.offset(unit / lists.unit_heads, unit % lists.unit_heads, head) +
-                               block * kBlock * dbias.key_stride;
+    const std::int64_t first = dbias.offset(batch, head_kv, head) + block * kBlock * dbias.key_stride;
     for (int base = warp * 32; base < lists.seqlen_q; base += kListThreads) {
       const int row = base + lane;
       const bool empty = row < lists.seqlen_q && !(whole && words[row] != 0);
