@@ -69,7 +69,7 @@ FUZZ_SECONDS ?= 600
 fuzz: $(BUILD)/fuzz.stamp
 	set -e; for target in validation selection attention; do \
 	  mkdir -p $(BUILD)/fuzz/corpus/$$target; \
-	  $(BUILD)/fuzz/tests/fuzz/fuzz_$$target -max_total_time=$(FUZZ_SECONDS) -max_len=512 -timeout=30 \
+	  $(BUILD)/fuzz/tests/fuzz/fuzz_$$target -max_total_time=$(FUZZ_SECONDS) -max_len=512 -len_control=0 -timeout=30 \
 	    -print_final_stats=1 -artifact_prefix=$(BUILD)/fuzz/$$target- $(BUILD)/fuzz/corpus/$$target; \
 	done
 
