@@ -31,6 +31,7 @@ from suites import DTYPE_NAMES, MODES, OURS, Case, chosen  # noqa: E402
 
 DTYPES = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.float32, torch.bfloat16)}
 ORACLE_PAIRS = {"cuda": 2**27, "cpu": 2**22}  # of query and key, over heads: seconds of float64 on the CPU
+ORACLE_KEYS = 2**16  # the same of one row over a long cache
 CPU_PAIRS = 2**23  # the sampled check of longer ones is left to GPUs
 
 
@@ -80,7 +81,8 @@ def _checks(suite: str, arguments: argparse.Namespace):
         pairs = case.batch * case.heads * case.seqlen_q * case.seqlen_k
         if arguments.device == "cpu" and pairs > CPU_PAIRS:
             continue
-        small = pairs <= ORACLE_PAIRS[arguments.device] and case.score == "iid"
+        short = pairs <= ORACLE_PAIRS[arguments.device] and case.seqlen_k <= ORACLE_KEYS
+        small = short and case.score == "iid"
         for dtype in DTYPES[arguments.device]:
             of_type = dataclasses.replace(case, dtype=dtype, device=arguments.device)
             judged = _by_oracle if small else _by_samples

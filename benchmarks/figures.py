@@ -8,6 +8,7 @@ Made for an H200. Baselines are measured in the same run; every method is checke
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import environment
 from flash_dmattn import flash_dmattn_func
@@ -53,7 +56,7 @@ SELECTIONS = ((32768, 8, 1024, 60e-6), (131072, 8, 2048, 200e-6), (1048576, 8, 4
 
 
 def _shape(case: Case) -> str:
-    sizes = case.batch, case.heads, case.heads_kv, case.seqlen_q, case.seqlen_k, case.head_dim
+    sizes = (case.batch, case.heads, case.heads_kv, case.seqlen_q, case.seqlen_k, case.head_dim)
     return f"{(*sizes, case.keep_window)}{', equal scores' * (case.score == 'equal')}"
 
 
@@ -145,6 +148,141 @@ def time_per_token(keep: list[dict], options: Options) -> Iterator[Figure]:
         yield Figure(f"time per token, {stage}, H32 Hkv8 D128 w1024", spread, "% apart", 10.0, detail=detail)
 
 
+def decode(keep: list[dict], options: Options) -> Iterator[Figure]:
+    """One query over a cache: selection and attention together, beside dense attention over all of it."""
+    shapes = (
+        (32, 8, 128, 131072, 2048, 3.0),
+        (32, 8, 128, 524288, 2048, 10.0),
+        (2, 1, 128, 524288, 1024, None),
+    )
+    for heads, heads_kv, head_dim, seqlen, window, times in shapes:
+        query, key, value, score = _decode_inputs(heads, heads_kv, head_dim, seqlen, options.seed)
+        _check_decode(query, key, value, score, window)
+        name = f"decode {(1, heads, heads_kv, 1, seqlen, head_dim, window)}"
+
+        def ours(mark: Callable[[str], None]) -> None:
+            flash_dmattn_func(query, key, value, attn_bias=score, keep_window_size=window, is_causal=True)
+            mark("ours")
+
+        def stages(mark: Callable[[str], None]) -> None:
+            expiry = torch.ops.flash_dmattn.select(score, window, True, 0, 0, None, 1)
+            mark("select")
+            flash_dmattn_func(query, key, value, attn_bias=score, expiry=expiry, is_causal=True)
+            mark("attention")
+
+        def dense(mark: Callable[[str], None]) -> None:
+            rows = (tensor.transpose(1, 2) for tensor in (query, key, value))
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                torch.nn.functional.scaled_dot_product_attention(*rows, enable_gqa=True)
+            mark("dense cuDNN")
+
+        found: dict[str, list[float]] = {}
+        with torch.no_grad():
+            for run_index in range(options.warmup + 3 * options.runs):
+                for work in (ours, stages, dense):
+                    for stage, seconds in timed("cuda", work).items():
+                        if run_index >= options.warmup:
+                            found.setdefault(stage, []).append(seconds)
+        medians = {stage: statistic(samples) for stage, samples in found.items()}
+        keep.append({"name": name, "seconds": medians})
+        micros = {stage: 1e6 * entry["median"] for stage, entry in medians.items()}
+        detail = ", ".join(f"{stage} {value:.1f} us" for stage, value in micros.items())
+        if times is None:
+            yield Figure(name, micros["ours"], "us", 45.0, detail=detail)
+        else:
+            ratio = micros["dense cuDNN"] / micros["ours"]
+            yield Figure(name, ratio, "times", times, at_least=True, detail=detail)
+        torch.cuda.empty_cache()
+
+
+def _decode_inputs(heads: int, heads_kv: int, head_dim: int, seqlen: int, seed: int) -> list[Tensor]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    shapes = (1, heads), (seqlen, heads_kv), (seqlen, heads_kv)
+    rows = [draw(1, *shape, head_dim).bfloat16() for shape in shapes]
+    return [*rows, draw(1, heads_kv, seqlen)]
+
+
+def _check_decode(query: Tensor, key: Tensor, value: Tensor, score: Tensor, window: int) -> None:
+    """Against float64 over the keys that torch.topk finds; scores of one seed are distinct around the last."""
+    out = flash_dmattn_func(query, key, value, attn_bias=score, keep_window_size=window, is_causal=True)
+    best, index = score.double().topk(window)  # [1, Hkv, w]
+    heads_kv = key.shape[2]
+
+    def selected(rows: Tensor) -> Tensor:  # [1, Hkv, w, D]
+        return rows.transpose(1, 2).double().gather(2, index[..., None].expand(-1, -1, -1, rows.shape[-1]))
+
+    grouped = query.double().unflatten(2, (heads_kv, -1))[:, 0]  # [1, Hkv, group, D]
+    logits = grouped @ selected(key).mT * query.shape[-1] ** -0.5 + best.unsqueeze(2)
+    exact = (logits.softmax(-1) @ selected(value)).flatten(1, 2).unsqueeze(1)
+    error = (out.double() - exact).norm() / exact.norm()
+    if not error < 4e-3:
+        raise RuntimeError(f"decode over {key.shape[1]} keys is wrong: relative error {error:.2e}")
+
+
+def dense_mask(keep: list[dict], options: Options) -> Iterator[Figure]:
+    """A random top-w mask per query and a dense bias, with its gradient, beside SDPA with the same."""
+    seqlen, heads, head_dim, window = 16384, 2, 128, 1024
+    generator = torch.Generator("cuda").manual_seed(options.seed)
+    rows = [
+        torch.randn(1, seqlen, n, head_dim, generator=generator, device="cuda").bfloat16()
+        for n in (heads, 1, 1, heads)
+    ]
+    query, key, value = (tensor.requires_grad_() for tensor in rows[:3])
+    dout = rows[3]
+    bias = torch.randn(1, heads, seqlen, seqlen, generator=generator, device="cuda", dtype=torch.bfloat16)
+    mask = torch.zeros(bias.shape, dtype=torch.bool, device="cuda")
+    for head in range(heads):
+        order = torch.rand(seqlen, seqlen, generator=generator, device="cuda")
+        mask[0, head].scatter_(-1, order.topk(window).indices, True)
+        del order
+    bias.requires_grad_()
+    inputs = query, key, value, bias
+
+    def ours(mark: Callable[[str], None]) -> tuple[Tensor, ...]:
+        out = flash_dmattn_func(query, key, value, attn_mask=mask, attn_bias=bias)
+        mark("ours forward")
+        grads = torch.autograd.grad(out, inputs, dout)
+        mark("ours backward")
+        return out, *grads
+
+    def theirs(mark: Callable[[str], None]) -> tuple[Tensor, ...]:
+        hidden = bias.masked_fill(~mask, -math.inf)
+        to_heads = (
+            query.transpose(1, 2),
+            *(tensor.transpose(1, 2).expand(-1, heads, -1, -1) for tensor in (key, value)),
+        )
+        out = torch.nn.functional.scaled_dot_product_attention(*to_heads, attn_mask=hidden).transpose(1, 2)
+        mark("SDPA forward")
+        grads = torch.autograd.grad(out, inputs, dout)
+        mark("SDPA backward")
+        return out, *grads
+
+    for mine, other in zip(ours(lambda stage: None), theirs(lambda stage: None)):
+        error = ((mine.float() - other.float()).norm() / other.float().norm()).item()
+        if not error < 2e-2:  # both are bfloat16
+            raise RuntimeError(f"dense mask: relative difference from SDPA {error:.2e}")
+        del mine, other
+    found: dict[str, list[float]] = {}
+    for run_index in range(options.warmup + options.runs):
+        for work in (ours, theirs):
+            for stage, seconds in timed("cuda", work).items():
+                if run_index >= options.warmup:
+                    found.setdefault(stage, []).append(seconds)
+    medians = {stage: statistic(samples) for stage, samples in found.items()}
+    name = f"dense mask and bias {(1, heads, 1, seqlen, seqlen, head_dim)}, forward and backward"
+    keep.append({"name": name, "seconds": medians})
+    millis = {stage: 1e3 * entry["median"] for stage, entry in medians.items()}
+    ratio = (millis["SDPA forward"] + millis["SDPA backward"]) / (
+        millis["ours forward"] + millis["ours backward"]
+    )
+    detail = ", ".join(f"{stage} {value:.2f} ms" for stage, value in millis.items())
+    yield Figure(name, ratio, "times", 2.0, at_least=True, detail=detail)
+
+
 def host_time(keep: list[dict], options: Options) -> Iterator[Figure]:
     """What one call keeps the host busy for, while the device has room in its queue."""
     case = Case(1, 8, 2, 1024, 1024, 64, 256, "figures")
@@ -165,7 +303,16 @@ def host_time(keep: list[dict], options: Options) -> Iterator[Figure]:
         yield Figure(f"host time of a forward without gradients{name}", 1e6 * found["median"], "us", limit)
 
 
-SECTIONS = (host_time, selection_and_plan, against_mask, throughput, memory, time_per_token)
+SECTIONS = (
+    host_time,
+    selection_and_plan,
+    decode,
+    dense_mask,
+    against_mask,
+    throughput,
+    memory,
+    time_per_token,
+)
 
 
 def main() -> int:

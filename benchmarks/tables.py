@@ -1,10 +1,10 @@
-"""Writes the tables of README.md and docs/performance.md from the committed results, between markers.
+"""Writes the tables of the READMEs and of docs/performance.md from the committed results, between markers.
 
     python benchmarks/tables.py              writes
     python benchmarks/tables.py --check      exit code 1 where a document does not say what the results say
 
 A document says <!-- table: NAME --> and, below, <!-- end of table -->; NAME is a key of TABLES. Without its
-results a table is empty."""
+results a table is empty. In a document named *.zh.md the words of a table are Chinese."""
 
 from __future__ import annotations
 
@@ -19,8 +19,28 @@ from suites import CUDNN, FLASH, FLEX, MASKED, OURS, STAGES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "README.zh.md", ROOT / "docs" / "performance.md")
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+
+# Of tables in a Chinese document: whole cells, and the words of the line below a table.
+CHINESE = {
+    "Mode": "模式",
+    "Q len": "查询长度",
+    "K len": "键长度",
+    "Window": "窗口",
+    "ours ms": "本库 ms",
+    "speed-up": "加速比",
+    "forward": "前向",
+    "backward": "反向",
+    "decode": "解码",
+}
+CHINESE_SOURCE = (
+    (r", driver ", "，驱动 "),
+    (r", PyTorch ", "，PyTorch "),
+    (r", commit ", "，提交 "),
+    (r"; medians of (\d+) runs\.$", r"；\1 次运行的中位数。"),
+    (r"; medians\.$", "；中位数。"),
+)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -113,17 +133,31 @@ TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
 }
 
 
-def table(name: str, results: Path) -> str:
+def in_chinese(line: str) -> str:
+    if line.startswith("|"):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        return "| " + " | ".join(CHINESE.get(cell, cell) for cell in cells) + " |"
+    for english, chinese in CHINESE_SOURCE:
+        line = re.sub(english, chinese, line)
+    return line
+
+
+def table(name: str, results: Path, chinese: bool = False) -> str:
     file, make = TABLES[name]
     if not (results / file).is_file():
         return ""
     report = json.loads((results / file).read_text())
-    return "\n".join([*make(report), "", measured_on(report), ""])
+    lines = [*make(report), "", measured_on(report), ""]
+    return "\n".join(map(in_chinese, lines) if chinese else lines)
 
 
-def filled(text: str, results: Path = RESULTS) -> str:
+def filled(text: str, results: Path = RESULTS, chinese: bool = False) -> str:
     """The document with every table made anew."""
-    return MARKED.sub(lambda found: found[1] + table(found[2], results) + found[4], text)
+    return MARKED.sub(lambda found: found[1] + table(found[2], results, chinese) + found[4], text)
+
+
+def made_anew(document: Path) -> str:
+    return filled(document.read_text(), chinese=document.name.endswith(".zh.md"))
 
 
 def main() -> int:
@@ -134,11 +168,11 @@ def main() -> int:
         "--check", action="store_true", help="write nothing; exit code 1 if something would change"
     )
     check = parser.parse_args().check
-    stale = [document for document in DOCUMENTS if filled(document.read_text()) != document.read_text()]
+    stale = [document for document in DOCUMENTS if made_anew(document) != document.read_text()]
     for document in stale:
         print(f"{document.relative_to(ROOT)} {'is out of date' if check else 'written'}")
         if not check:
-            document.write_text(filled(document.read_text()))
+            document.write_text(made_anew(document))
     return 1 if check and stale else 0
 
 

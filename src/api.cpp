@@ -33,9 +33,13 @@ constexpr std::array kSelectKernels = {
 };
 constexpr std::array kForwardKernels = {
 #if FLASH_DMATTN_CUDA
+    Kernel<ForwardArgs>{"sm80 decode", DeviceType::kCuda, cuda::decode_why_not, cuda::decode_workspace_bytes,
+                        cuda::decode},
     Kernel<ForwardArgs>{"sm80", DeviceType::kCuda, cuda::forward_why_not, cuda::forward_workspace_bytes,
                         cuda::forward},
 #endif
+    Kernel<ForwardArgs>{"cpu decode", DeviceType::kCpu, cpu::decode_why_not, cpu::decode_workspace_bytes,
+                        succeed<cpu::decode>},
     Kernel<ForwardArgs>{"cpu", DeviceType::kCpu, cpu::forward_why_not, cpu::forward_workspace_bytes,
                         succeed<cpu::forward>},
 };

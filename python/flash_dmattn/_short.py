@@ -103,6 +103,5 @@ def _call(
         expiry = _select(score, keep_window_size, is_causal, 0, 0, None, num_queries)
     if scale is None:
         scale = query.size(-1) ** -0.5
-    return _forward(
-        query, key, value, bias, None, expiry, score, None, None, None, keep_window_size or 0, scale, is_causal
-    )
+    window = keep_window_size or 0
+    return _forward(query, key, value, bias, None, expiry, score, None, None, None, window, scale, is_causal)

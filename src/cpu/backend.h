@@ -12,14 +12,17 @@ namespace flash_dmattn::cpu {
 
 // Why this backend cannot run a call on tensors in host memory, or "" if it can.
 std::string select_why_not(const SelectArgs& args, const Target& target);
+std::string decode_why_not(const ForwardArgs& args, const Target& target);
 std::string forward_why_not(const ForwardArgs& args, const Target& target);
 std::string backward_why_not(const BackwardArgs& args, const Target& target);
 
 std::size_t select_workspace_bytes(const SelectArgs& args, const Target& target);
+std::size_t decode_workspace_bytes(const ForwardArgs& args, const Target& target);
 std::size_t forward_workspace_bytes(const ForwardArgs& args, const Target& target);
 std::size_t backward_workspace_bytes(const BackwardArgs& args, const Target& target);
 
 void select(const SelectArgs& args, const Target& target, const Workspace& workspace);
+void decode(const ForwardArgs& args, const Target& target, const Workspace& workspace);
 void forward(const ForwardArgs& args, const Target& target, const Workspace& workspace);
 void backward(const BackwardArgs& args, const Target& target, const Workspace& workspace);
 

@@ -39,6 +39,7 @@ enum class Bug : int {
   kMaskRowBefore,
   kDenseBiasWrongHead,
   kLoseOneSharer,
+  kSplitLost,
 };
 
 inline constexpr const char* kBugNames[] = {
@@ -67,6 +68,7 @@ inline constexpr const char* kBugNames[] = {
     "a row reads the mask of the row before",
     "the heads of a group read the dense bias of the first",
     "the gradient of a shared dense bias loses its first tile",
+    "decode loses the last split of the keys",
 };
 
 inline constexpr bool kBugHooks = FLASH_DMATTN_BUG_HOOKS != 0;

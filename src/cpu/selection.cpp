@@ -1,24 +1,26 @@
-// Selection: scores -> expiry, exactly, one head at a time.
+// Selection: scores -> expiry, exactly.
 //
-// A bounded min-heap holds the keep_window keys of highest rank so far. A key that enters a full heap evicts
-// the one of lowest rank, and the evicted key's expiry is the position that evicted it: it can never return,
-// since every later position sees the same better keys and more. A rank is one integer, the order-preserving
-// bits of the score above the index of the key, so -0 equals +0 and of equal scores the later key ranks
-// higher. O(N log w) time, min(w, Sk) ranks of memory per worker.
+// A task is one head, where every row's keys are wanted. A bounded min-heap holds the keep_window keys of
+// highest rank so far. A key that enters a full heap evicts the one of lowest rank, and the evicted key's
+// expiry is the position that evicted it: it can never return, since every later position sees the same
+// better keys and more. A rank is one integer, the order-preserving bits of the score above the index of the
+// key, so -0 equals +0 and of equal scores the later key ranks higher. O(N log w) time, min(w, Sk) ranks of
+// memory per worker.
+//
+// Where a few rows at the end, or all alike, see the result (num_queries, not causal), the order in which
+// other keys dropped out before them does not matter: candidates.h finds the best w keys of the first row in
+// one pass, and the heap goes on from there.
 #include <algorithm>
-#include <bit>
-#include <concepts>
 #include <cstddef>
 #include <cstdint>
-#include <limits>
-#include <type_traits>
 
 #include "core/layout.h"
 #include "core/numeric.h"
 #include "core/parallel.h"
 #include "core/workspace.h"
 #include "cpu/backend.h"
-#include "cpu/bugs.h"
+#include "cpu/candidates.h"
+#include "cpu/ranking.h"
 
 namespace flash_dmattn::cpu {
 namespace {
@@ -36,42 +38,11 @@ float widen(Float16 value) { return float16_to_float(value.bits); }
 float widen(float value) { return value; }
 double widen(double value) { return value; }
 
-// An unsigned integer in the order of the scores; 0 for -inf and NaN, which disable a key.
-template <std::floating_point Score>
-auto ordered_bits(Score score) {
-  using Bits = std::conditional_t<sizeof(Score) == 4, std::uint32_t, std::uint64_t>;
-  constexpr Bits kSign = Bits{1} << (8 * sizeof(Bits) - 1);
-  constexpr Bits kInfinity = std::bit_cast<Bits>(std::numeric_limits<Score>::infinity());
-  Bits bits = std::bit_cast<Bits>(score);
-  const Bits magnitude = bits & ~kSign;
-  if (magnitude > kInfinity || bits == (kSign | kInfinity)) return Bits{0};
-  if (magnitude == 0) bits = 0;
-  return (bits & kSign) != 0 ? ~bits : bits | kSign;
+// Makes a min-heap.
+template <typename Rank>
+bool higher_first(const Rank& a, const Rank& b) {
+  return b < a;
 }
-
-struct Rank32 {
-  std::uint64_t value;
-
-  Rank32() = default;
-  Rank32(std::uint32_t score, std::uint32_t index) : value(std::uint64_t{score} << 32 | index) {}
-  std::uint32_t index() const { return static_cast<std::uint32_t>(value); }
-  friend bool operator<(const Rank32& a, const Rank32& b) { return a.value < b.value; }
-};
-
-struct Rank64 {
-  std::uint64_t score;
-  std::uint64_t low;
-
-  Rank64() = default;
-  Rank64(std::uint64_t score, std::uint32_t index) : score(score), low(index) {}
-  std::uint32_t index() const { return static_cast<std::uint32_t>(low); }
-  friend bool operator<(const Rank64& a, const Rank64& b) {
-    return a.score < b.score || (a.score == b.score && a.low < b.low);
-  }
-};
-
-template <typename Element>
-using RankOf = std::conditional_t<std::is_same_v<Element, double>, Rank64, Rank32>;
 
 // Puts `rank` in the place of the lowest rank, heap[0]. The hole sinks to a leaf before `rank` rises from
 // there: an entering key mostly belongs near the bottom, and this way costs one comparison per level.
@@ -94,34 +65,6 @@ void replace_lowest(Rank* heap, std::int64_t size, Rank rank) {
   heap[hole] = rank;
 }
 
-// The result of one head, with the sinks and the local window on top of what the ranks decide.
-struct ExpiryWriter {
-  VectorView<std::int32_t> expiry;
-  std::int32_t seqlen;
-  std::int64_t num_sinks;
-  std::int64_t local_window;
-  std::int64_t first_position;  // of the rows that read expiry
-
-  ExpiryWriter(const SelectArgs& args, VectorView<std::int32_t> expiry, std::int64_t seqlen)
-      : expiry(expiry),
-        seqlen(static_cast<std::int32_t>(seqlen)),
-        num_sinks(args.num_sinks),
-        local_window(std::min(args.local_window, seqlen)),
-        first_position(args.num_queries < 0 ? 0 : std::max<std::int64_t>(seqlen - args.num_queries, 0)) {}
-
-  // A key that none of the rows sees gets its own position.
-  void store(std::int64_t key, std::int64_t value) const {
-    expiry[key] = static_cast<std::int32_t>(value <= first_position ? key : value);
-  }
-  void disabled(std::int64_t key) const { expiry[key] = static_cast<std::int32_t>(key); }
-  void never_evicted(std::int64_t key) const { store(key, seqlen); }
-  // Dropped by the ranks at this position; the key's own: never among the best.
-  void dropped(std::int64_t key, std::int64_t position) const {
-    if (key < num_sinks) return never_evicted(key);
-    store(key, std::max(position, std::min<std::int64_t>(key + local_window, seqlen)));
-  }
-};
-
 template <typename Element>
 void select_all(VectorView<Element> score, std::int64_t seqlen, const ExpiryWriter& writer) {
   for (std::int64_t key = 0; key < seqlen; ++key) {
@@ -129,14 +72,13 @@ void select_all(VectorView<Element> score, std::int64_t seqlen, const ExpiryWrit
   }
 }
 
+// The keys from `begin` on meet a heap that holds the best of those before; nothing else of them is read.
 template <typename Element>
-void select_head(VectorView<Element> score, std::int64_t seqlen, std::int64_t keep_window, bool causal,
-                 RankOf<Element>* heap, const ExpiryWriter& writer) {
+void select_from(std::int64_t begin, VectorView<Element> score, std::int64_t seqlen, std::int64_t keep_window,
+                 bool causal, RankOf<Element>* heap, std::int64_t size, const ExpiryWriter& writer) {
   using Rank = RankOf<Element>;
-  const std::uint32_t tie_order = injected(Bug::kWrongTie) ? ~std::uint32_t{0} : 0;
-  const auto higher_first = [](const Rank& a, const Rank& b) { return b < a; };  // makes a min-heap
-  std::int64_t size = 0;
-  for (std::int64_t key = 0; key < seqlen; ++key) {
+  const std::uint32_t tie_order = cpu::tie_order();
+  for (std::int64_t key = begin; key < seqlen; ++key) {
     const auto bits = ordered_bits(widen(score[key]));
     if (bits == 0) {
       writer.disabled(key);
@@ -145,7 +87,7 @@ void select_head(VectorView<Element> score, std::int64_t seqlen, std::int64_t ke
     const Rank rank(bits, static_cast<std::uint32_t>(key) ^ tie_order);
     if (size < keep_window) {
       heap[size++] = rank;
-      if (size == keep_window) std::make_heap(heap, heap + size, higher_first);
+      if (size == keep_window) std::make_heap(heap, heap + size, higher_first<Rank>);
     } else if (rank < heap[0]) {
       writer.dropped(key, key);
     } else {
@@ -157,26 +99,43 @@ void select_head(VectorView<Element> score, std::int64_t seqlen, std::int64_t ke
   for (std::int64_t i = 0; i < size; ++i) writer.never_evicted(heap[i].index() ^ tie_order);
 }
 
-// One heap per worker; none where nothing can be dropped.
-struct Heaps {
-  std::byte* data;
-  std::size_t stride;  // in bytes
+// The keys whose order of dropping out nobody asks for: those up to the first row's position, or all.
+CandidateShape candidate_shape(const SelectArgs& args, const Layout& layout) {
+  const std::int64_t seqlen = layout.max_seqlen_k;
+  const bool ordered = layout.packed || (args.causal && args.num_queries < 0);
+  const std::int64_t first_position =
+      args.causal ? std::max<std::int64_t>(seqlen - args.num_queries, 0) : seqlen;
+  return {args.keep_window, ordered ? 0 : std::min(first_position + 1, seqlen)};
+}
+
+// The memory of a call: one heap per worker, none where nothing can be dropped; or the candidates of every
+// head.
+struct Memory {
+  std::byte* heads;
+  std::byte* ranks;
+  std::size_t stride;  // bytes of the ranks of a worker or head
 };
 
-Heaps cut(Arena& arena, const SelectArgs& args, const Layout& layout, const Target& target) {
+Memory cut(Arena& arena, const SelectArgs& args, const Layout& layout, const Target& target) {
   if (args.keep_window >= layout.max_seqlen_k) return {};
-  const std::size_t item = args.score.dtype == DType::kFloat64 ? sizeof(Rank64) : sizeof(Rank32);
-  const std::int64_t num_tasks = layout.num_sequences * layout.heads_kv;
-  const auto workers = std::min<std::int64_t>(target.parallel_for.num_workers, num_tasks);
-  const std::size_t stride = Arena::align(static_cast<std::size_t>(args.keep_window) * item);
-  return {arena.take<std::byte>(static_cast<std::size_t>(workers) * stride), stride};
+  const bool is_double = args.score.dtype == DType::kFloat64;
+  const std::size_t rank = is_double ? sizeof(Rank64) : sizeof(Rank32);
+  const std::int64_t num_heads = layout.num_sequences * layout.heads_kv;
+  const CandidateShape shape = candidate_shape(args, layout);
+  if (shape.pays()) {
+    const std::size_t head = is_double ? sizeof(CandidateHead<double>) : sizeof(CandidateHead<float>);
+    const std::size_t stride = static_cast<std::size_t>(shape.memory()) * rank;
+    std::byte* heads = arena.take<std::byte>(static_cast<std::size_t>(num_heads) * head);
+    return {heads, arena.take<std::byte>(static_cast<std::size_t>(num_heads) * stride), stride};
+  }
+  const auto workers = std::min<std::int64_t>(target.parallel_for.num_workers, num_heads);
+  const std::size_t stride = Arena::align(static_cast<std::size_t>(args.keep_window) * rank);
+  return {nullptr, arena.take<std::byte>(static_cast<std::size_t>(workers) * stride), stride};
 }
 
 template <typename Element>
-void select_as(const SelectArgs& args, const Target& target, const Workspace& workspace) {
-  const Layout layout = make_layout(args);
-  Arena arena(workspace);
-  const Heaps heaps = cut(arena, args, layout, target);
+void select_by_heap(const SelectArgs& args, const Layout& layout, const Target& target,
+                    const Memory& memory) {
   const auto select_one = [&](std::int64_t task, int worker) {
     const Sequence sequence = layout.sequence(task / layout.heads_kv);
     const std::int64_t head = task % layout.heads_kv;
@@ -185,10 +144,48 @@ void select_as(const SelectArgs& args, const Target& target, const Workspace& wo
     const ExpiryWriter writer(args, layout.per_key<std::int32_t>(args.expiry, sequence, head), seqlen);
     if (args.keep_window >= seqlen) return select_all(score, seqlen, writer);
     auto* heap =
-        reinterpret_cast<RankOf<Element>*>(heaps.data + static_cast<std::size_t>(worker) * heaps.stride);
-    select_head(score, seqlen, args.keep_window, args.causal, heap, writer);
+        reinterpret_cast<RankOf<Element>*>(memory.ranks + static_cast<std::size_t>(worker) * memory.stride);
+    select_from(0, score, seqlen, args.keep_window, args.causal, heap, 0, writer);
   };
   for_each_task(target.parallel_for, layout.num_sequences * layout.heads_kv, select_one);
+}
+
+template <typename Element>
+void select_by_candidates(const SelectArgs& args, const Layout& layout, const Target& target,
+                          const Memory& memory) {
+  using Score = decltype(widen(Element{}));
+  using Rank = RankOf<Element>;
+  const CandidateSearch<Score> search{args, layout, candidate_shape(args, layout),
+                                      reinterpret_cast<CandidateHead<Score>*>(memory.heads),
+                                      reinterpret_cast<Rank*>(memory.ranks)};
+  for_each_task(target.parallel_for, search.num_heads(),
+                [&](std::int64_t head, int /*worker*/) { sample_head(search, head); });
+  for_each_task(target.parallel_for, search.num_tasks(),
+                [&](std::int64_t task, int /*worker*/) { collect(search, task); });
+  for_each_task(target.parallel_for, search.num_heads(), [&](std::int64_t head, int /*worker*/) {
+    const Sequence sequence = search.sequence(head);
+    const auto score = layout.per_key<Element>(args.score, sequence, head % layout.heads_kv);
+    Rank* ranks = search.ranks + head * search.shape.memory();
+    std::int64_t begin = 0, size = 0;
+    if (search.complete(head)) {
+      begin = search.shape.num_keys;
+      const std::int64_t count = search.heads[head].count;
+      size = std::min(count, args.keep_window);
+      std::nth_element(ranks, ranks + size, ranks + count, higher_first<Rank>);
+      if (size == args.keep_window) std::make_heap(ranks, ranks + size, higher_first<Rank>);
+    }
+    select_from(begin, score, sequence.seqlen_k, args.keep_window, args.causal, ranks, size,
+                search.writer(head));
+  });
+}
+
+template <typename Element>
+void select_as(const SelectArgs& args, const Target& target, const Workspace& workspace) {
+  const Layout layout = make_layout(args);
+  Arena arena(workspace);
+  const Memory memory = cut(arena, args, layout, target);
+  const auto select = memory.heads != nullptr ? select_by_candidates<Element> : select_by_heap<Element>;
+  select(args, layout, target, memory);
 }
 
 }  // namespace

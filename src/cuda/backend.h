@@ -22,6 +22,11 @@ std::string forward_why_not(const ForwardArgs& args, const Target& target);
 std::size_t forward_workspace_bytes(const ForwardArgs& args, const Target& target);
 Status forward(const ForwardArgs& args, const Target& target, const Workspace& workspace);
 
+// The forward of few rows over many keys.
+std::string decode_why_not(const ForwardArgs& args, const Target& target);
+std::size_t decode_workspace_bytes(const ForwardArgs& args, const Target& target);
+Status decode(const ForwardArgs& args, const Target& target, const Workspace& workspace);
+
 std::string backward_why_not(const BackwardArgs& args, const Target& target);
 std::size_t backward_workspace_bytes(const BackwardArgs& args, const Target& target);
 Status backward(const BackwardArgs& args, const Target& target, const Workspace& workspace);

@@ -31,6 +31,13 @@ std::vector<Case> cases() {
        .head_dim = 8,
        .mask = DenseForm{.heads = DenseForm::kOne},
        .dense_bias = DenseForm{.rows = false}},
+      // Few rows: the kernel "cpu decode", three splits of the keys.
+      {.sequences = {{3, 9000}},
+       .heads_kv = 2,
+       .group = 2,
+       .head_dim = 8,
+       .visibility = Visibility::kWindow,
+       .keep_window = 100},
   };
 }
 

@@ -208,7 +208,7 @@ void check_random_call(std::int64_t longest, SelectSizes sizes, Random& random) 
   if (random.chance(0.2)) rule.num_sinks = random.pick<std::int64_t>({1, 4, seqlen, kMax});
   if (rule.causal && random.chance(0.2)) rule.local_window = random.pick<std::int64_t>({1, 5, seqlen, kMax});
   if (rule.causal && !shape.packed && random.chance(0.5)) {
-    rule.num_queries = random.pick<std::int64_t>({0, 1, 2, seqlen / 4, seqlen / 2, seqlen - 1, seqlen});
+    rule.num_queries = random.pick<std::int64_t>({0, 1, 2, 5, 32, seqlen / 4, seqlen / 2, seqlen - 1, seqlen});
     rule.num_queries = std::clamp<std::int64_t>(rule.num_queries, 0, seqlen);
   }
   check_call(random.pick({DType::kFloat32, DType::kFloat32, DType::kBFloat16, DType::kFloat16}), shape, rule,
@@ -252,7 +252,7 @@ TEST(SelectKernels, FullPieces) {
     check_call(DType::kFloat32, shape, {.keep_window = 2000}, Strides::kContiguous, family, {}, random);
   }
   const Shape shape{.lengths = {70000}, .packed = false, .heads = 1};
-  for (const std::int64_t num_queries : {1, 2, 1500, 30000}) {
+  for (const std::int64_t num_queries : {1, 2, 7, 32, 1500, 30000}) {
     check_call(DType::kBFloat16, shape, {.keep_window = 700, .num_queries = num_queries},
                Strides::kContiguous, Family::kNormal, {}, random);
   }

@@ -9,7 +9,7 @@ from cases import DTYPES, Case
 from probe import LARGEST_WINDOW, Probe
 
 # The suites that judge a kernel's operators. The others go through the public functions, whatever the
-# kernel.
+# kernel; test_decode fits its cases itself, and its long caches would take an emulated kernel minutes.
 SUITES = (
     "test_attention test_bitwise test_concurrency test_dense test_errors test_fuzz test_layouts "
     "test_non_finite test_plan test_poison test_probe test_properties test_reductions test_selection"

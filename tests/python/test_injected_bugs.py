@@ -38,6 +38,7 @@ CASES = [
     Case(**BASE, causal=False, score="quantised"),
     Case(lengths=((30, 70), (0, 3), (90, 90)), heads_q=4, heads_kv=2, head_dim=24, keep_window=16, logit=4.0),
     Case(**(BASE | dict(keep_window=None)), dense_bias="1 H Sq Sk", mask="1 1 Sq Sk"),
+    Case(seqlen_q=3, seqlen_k=9000, heads_q=4, heads_kv=2, head_dim=8, keep_window=200),
     Case(seqlen_q=1100, seqlen_k=2600, heads_q=2, heads_kv=1, head_dim=8, keep_window=300, dtype="f32"),
 ]
 PROBES = [

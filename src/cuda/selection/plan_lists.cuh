@@ -5,10 +5,10 @@
 
 #include <climits>
 #include <cstdint>
-#include <cub/block/block_merge_sort.cuh>
 
 #include "cuda/common/log2.h"
 #include "cuda/selection/plan_keys.cuh"
+#include "cuda/selection/sort_ranks.cuh"
 
 namespace flash_dmattn::cuda {
 
@@ -28,26 +28,25 @@ struct PlanList {
   }
 };
 
-struct HigherFirst {
-  __device__ bool operator()(PlanRank a, PlanRank b) const { return a > b; }
-};
-
 // The ranks of count <= kPlanThreads * kItems entries, in order: a thread gets those of the places from
 // threadIdx.x * kItems on. What lies behind the last one is 0.
 template <int kItems>
 __device__ void sort_by_rank(const HeadKeys& keys, const PlanEntry* entries, int count,
                              PlanRank (&ranks)[kItems]) {
-  using Sort = cub::BlockMergeSort<PlanRank, kPlanThreads, kItems>;
-  __shared__ typename Sort::TempStorage storage;
+  __shared__ PlanRank exchange[kPlanThreads * kItems];
+  int size = 32 * kItems;
+  while (size < count) size *= 2;
+  const int threads = size / kItems;
   PlanEntry unsorted[kItems];
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    const int place = static_cast<int>(threadIdx.x) + i * kPlanThreads;
-    unsorted[i] = place < count ? entries[place] : PlanEntry{-1, 0};
+    const int place = static_cast<int>(threadIdx.x) + i * threads;
+    unsorted[i] =
+        static_cast<int>(threadIdx.x) < threads && place < count ? entries[place] : PlanEntry{-1, 0};
   }
 #pragma unroll
   for (int i = 0; i < kItems; ++i) ranks[i] = unsorted[i].key < 0 ? 0 : keys.rank(unsorted[i]);
-  Sort(storage).Sort(ranks, HigherFirst{});
+  sort_ranks(ranks, size, exchange);
 }
 
 // The number of ranks above `rank`, of `count` descending ones.

@@ -13,6 +13,7 @@
 #include "cuda/common/arguments.h"
 #include "cuda/common/launch.h"
 #include "cuda/selection/select_chunk.cuh"
+#include "cuda/selection/select_few.cuh"
 #include "cuda/selection/select_kernels.cuh"
 #include "cuda/selection/select_problem.cuh"
 
@@ -23,8 +24,9 @@ constexpr int kAll = std::numeric_limits<int>::max();
 constexpr int kMaxChunk = 1024;
 constexpr int kMinSuperChunk = 4096;
 constexpr int kMaxSuperChunk = 32768;  // sequences up to this length need no lists
+constexpr int kMinFewKeys = 256;       // for few rows over fewer keys the other ways are as good
 
-enum class Path { kKeepAll, kOneChunk, kChunks, kKeepBest };
+enum class Path { kKeepAll, kOneChunk, kChunks, kKeepBest, kFewRows };
 
 int clamp_to_int(std::int64_t value) { return static_cast<int>(std::min<std::int64_t>(value, kAll)); }
 
@@ -56,6 +58,7 @@ Path path_of(const SelectArgs& args, const SelectSizes& sizes) {
   const int longest = longest_sequence(args);
   if (args.keep_window >= longest || args.num_queries == 0) return Path::kKeepAll;
   const int tail = tail_rows(args);
+  if (tail <= kMaxFewRows && longest > kMinFewKeys && !args.cu_seqlens.present()) return Path::kFewRows;
   if (tail == 0) return Path::kKeepBest;
   return tail == kAll && longest <= sizes.chunk ? Path::kOneChunk : Path::kChunks;
 }
@@ -71,6 +74,15 @@ SelectCut make_cut(const SelectArgs& args, const SelectSizes& sizes, Path path) 
   const bool several = least <= longest / 2 || sizes.super_chunk >= args.keep_window;
   cut.super_chunk = several ? least : std::max(least, round_up(longest, sizes.chunk));
   return cut;
+}
+
+// The pieces of kernels that look at all keys: about as many as CTAs find room at a time, for each begins and
+// ends with a whole histogram.
+Numbering few_tiles(const Geometry& geometry, std::int64_t ctas) {
+  const std::int64_t keys = geometry.total_k() * geometry.heads_kv;
+  const std::int64_t longest = round_up(geometry.seqlen_k, kFewTile);
+  const auto tile = static_cast<int>(std::min(ceil_div(keys, ctas * kFewTile) * kFewTile, longest));
+  return {tile, 0, static_cast<int>(ceil_div(geometry.seqlen_k, tile))};
 }
 
 void number_pieces(SelectProblem& problem) {
@@ -90,12 +102,14 @@ void number_pieces(SelectProblem& problem) {
 
 // Cuts the arrays that the kernels of the path need.
 void cut_arrays(Arena& arena, SelectProblem& problem, Path path) {
-  if (path == Path::kKeepAll || path == Path::kOneChunk) return;
+  if (path == Path::kKeepAll || path == Path::kOneChunk || path == Path::kFewRows) return;
   const Geometry& geometry = problem.geometry;
   const auto heads = static_cast<std::size_t>(geometry.heads_kv);
-  problem.bits = arena.take<unsigned>(heads * geometry.total_k());
   const bool several_supers = geometry.packed() ? problem.cut.super_chunk < geometry.seqlen_k
                                                 : problem.cut.supers(geometry.seqlen_k) > 1;
+  const bool reads_scores = path == Path::kChunks && !several_supers && problem.cut.tail == kAll &&
+                            problem.score_dtype == DType::kFloat32 && problem.score_stride == 1;
+  if (!reads_scores) problem.bits = arena.take<unsigned>(heads * geometry.total_k());
   if (several_supers) {
     const std::size_t places = heads * problem.supers.count(geometry) * problem.keep_window;
     problem.local_bits = arena.take<unsigned>(places);
@@ -138,6 +152,41 @@ SelectProblem make_problem(const SelectArgs& args, const SelectSizes& sizes, Pat
   number_pieces(problem);
   cut_arrays(arena, problem, path);
   return problem;
+}
+
+// What the kernels for few rows count in, zeroed, and their candidates.
+struct FewMemory {
+  unsigned* counters;
+  std::size_t num_counters;
+  Rank* candidates;
+
+  FewMemory(Arena& arena, const Geometry& geometry) {
+    const auto lines = static_cast<std::size_t>(geometry.num_sequences) * geometry.heads_kv;
+    num_counters = lines * (kDigitBins + 2);
+    counters = arena.take<unsigned>(num_counters);
+    candidates = arena.take<Rank>(lines * geometry.seqlen_k);
+  }
+};
+
+cudaError_t select_few(const SelectProblem& select, const FewMemory& memory, cudaStream_t stream) {
+  const Geometry& geometry = select.geometry;
+  const std::size_t lines = memory.num_counters / (kDigitBins + 2);
+  FewProblem problem{select, {}};
+  problem.state.histogram = memory.counters;
+  problem.state.num_candidates = memory.counters + lines * kDigitBins;
+  problem.state.num_finished = problem.state.num_candidates + lines;
+  problem.state.candidates = memory.candidates;
+  cudaError_t status = cudaMemsetAsync(memory.counters, 0, memory.num_counters * sizeof(unsigned), stream);
+  const auto then = [&](void (*kernel)(FewProblem), std::int64_t ctas) {
+    problem.select.tiles = few_tiles(geometry, ctas);
+    const std::int64_t grid = problem.select.tiles.count(geometry) * geometry.heads_kv;
+    if (status == cudaSuccess) {
+      status = launch(kernel, {static_cast<unsigned>(grid), kFewThreads, 0, stream}, problem);
+    }
+  };
+  then(count_digits, 528);
+  then(split_keys, 264);
+  return status;
 }
 
 using Kernel = void (*)(SelectProblem);
@@ -213,7 +262,9 @@ SelectSizes choose_select_sizes(const SelectArgs& args) {
 
 std::size_t select_workspace_bytes(const SelectArgs& args, const SelectSizes& sizes) {
   Arena arena;
-  make_problem(args, sizes, path_of(args, sizes), arena);
+  const Path path = path_of(args, sizes);
+  const SelectProblem problem = make_problem(args, sizes, path, arena);
+  if (path == Path::kFewRows) FewMemory(arena, problem.geometry);
   return arena.bytes();
 }
 
@@ -223,6 +274,7 @@ cudaError_t select(const SelectArgs& args, const SelectSizes& sizes, const Works
   const Path path = path_of(args, sizes);
   Arena arena(workspace);
   const SelectProblem problem = make_problem(args, sizes, path, arena);
+  if (path == Path::kFewRows) return select_few(problem, FewMemory(arena, problem.geometry), stream);
   Queue queue(problem, stream);
   const Kernel finish = finish_kernel(sizes.chunk);
   const bool has_lists = problem.local_bits != nullptr;
@@ -230,7 +282,9 @@ cudaError_t select(const SelectArgs& args, const SelectSizes& sizes, const Works
     queue.run(finish, problem.chunks, sizes.chunk);
     return queue.status();
   }
-  queue.run(convert_scores, problem.tiles, kConvertThreads);
+  if (path == Path::kKeepAll || problem.bits != nullptr) {
+    queue.run(convert_scores, problem.tiles, kConvertThreads);
+  }
   if (path == Path::kKeepAll) return queue.status();
   if (has_lists) queue.run(select_in_supers, problem.supers, kSelectThreads);
   if (path == Path::kKeepBest) {

@@ -3,12 +3,14 @@
 // clang-format off
 //   everything fits the window    convert_scores
 //   causal, at most one chunk     finish_chunks
-//   causal                        convert_scores, [select_in_supers, merge_supers,] find_thresholds,
+//   causal                        (convert_scores,) [select_in_supers, merge_supers,] find_thresholds,
 //                                 find_death_chunks, finish_chunks
 //   only what is kept at the end  convert_scores, [select_in_supers,] keep_best
+//   few rows, long sequence       count_digits, split_keys
 // clang-format on
 //
-// The kernels in brackets run where a sequence may be longer than a super-chunk.
+// The kernels in brackets run where a sequence may be longer than a super-chunk. Float32 scores side by side
+// that need none of these are read as they are.
 #pragma once
 
 #include <cuda_runtime.h>

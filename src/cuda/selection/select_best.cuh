@@ -1,7 +1,9 @@
 // The k keys of highest rank among the candidates of one CTA, by radix selection: 11, 11 and 10 bits of the
-// score at a time, from the top. The candidates are read again in every pass, from the L1 or L2 cache, so
-// that any number of them will do. Ties at the lowest score kept are settled by the order of the candidates,
-// which is that of their indices.
+// score at a time, from the top. A sample of the candidates gives a bound that the lowest score kept cannot
+// be below. Mostly few candidates reach it: one look at all of them puts these aside, and the rest is done
+// there. Otherwise the candidates are read again in every pass, from the L1 or L2 cache, so that any number
+// of them will do. Ties at the lowest score kept are settled by the order of the candidates, which is that of
+// their indices.
 #pragma once
 
 #include <cub/block/block_scan.cuh>
@@ -21,18 +23,23 @@ struct Candidates {
   const unsigned* list_bits = nullptr;  // [list_size]
   const int* list_keys = nullptr;       // [list_size]
   unsigned list_size = 0;
-  const unsigned* range_bits = nullptr;  // [range_size]
-  const int* range_keys = nullptr;       // [range_size]; null: range_begin, range_begin + 1, ...
+  const unsigned* range_bits = nullptr;  // [range_size]; with range_is_scores float32 scores as they are
+  bool range_is_scores = false;
+  const int* range_keys = nullptr;  // [range_size]; null: range_begin, range_begin + 1, ...
   int range_begin = 0;
   unsigned range_size = 0;
 
   __device__ unsigned size() const { return list_size + range_size; }
   __device__ unsigned bits(unsigned i) const {
-    return i < list_size ? list_bits[i] : range_bits[i - list_size];
+    return i < list_size ? list_bits[i] : to_bits(range_bits[i - list_size], range_is_scores);
   }
   __device__ int key(unsigned i) const {
     if (i < list_size) return list_keys[i];
     return range_keys != nullptr ? range_keys[i - list_size] : range_begin + static_cast<int>(i - list_size);
+  }
+
+  __device__ static unsigned to_bits(unsigned value, bool is_score) {
+    return is_score ? ordered_bits(__uint_as_float(value)) : value;
   }
 };
 
@@ -58,28 +65,40 @@ __device__ __forceinline__ void visit_candidates(const Candidates& candidates, V
   }
 }
 
-// Visits the candidates in any order: visit(place, bits) with bits 0 beyond the end. All lanes of a warp take
-// part.
+// Visits array[begin, size) in any order, kGroup keys per thread at a time: visit(i, bits) gets the ordered
+// bits of array[i + u * kSelectThreads] in bits[u], 0 beyond the end. All lanes of a warp take part.
+constexpr unsigned kGroup = 4;
 template <typename Visit>
-__device__ __forceinline__ void visit_in_any_order(const Candidates& candidates, Visit&& visit) {
-  constexpr unsigned kUnroll = 4;
-  const auto visit_array = [&](const unsigned* array, unsigned size, unsigned first_place) {
-    for (unsigned first = 0; first < size; first += kSelectThreads * kUnroll) {
-      unsigned bits[kUnroll];
+__device__ __forceinline__ void visit_groups(const unsigned* array, bool is_scores, unsigned begin,
+                                             unsigned size, Visit&& visit) {
+  for (unsigned first = begin; first < size; first += kSelectThreads * kGroup) {
+    const unsigned i = first + threadIdx.x;
+    unsigned bits[kGroup] = {};
+    if (first + kSelectThreads * kGroup <= size) {
 #pragma unroll
-      for (unsigned u = 0; u < kUnroll; ++u) {
-        const unsigned i = first + u * kSelectThreads + threadIdx.x;
-        bits[u] = i < size ? array[i] : 0;
-      }
+      for (unsigned u = 0; u < kGroup; ++u) bits[u] = array[i + u * kSelectThreads];
+    } else {
 #pragma unroll
-      for (unsigned u = 0; u < kUnroll; ++u) {
-        if (first + u * kSelectThreads >= size) break;
-        visit(first_place + first + u * kSelectThreads + threadIdx.x, bits[u]);
+      for (unsigned u = 0; u < kGroup; ++u) {
+        if (i + u * kSelectThreads < size) bits[u] = array[i + u * kSelectThreads];
       }
     }
-  };
-  visit_array(candidates.list_bits, candidates.list_size, 0);
-  visit_array(candidates.range_bits, candidates.range_size, candidates.list_size);
+    if (is_scores) {
+#pragma unroll
+      for (unsigned u = 0; u < kGroup; ++u) {
+        bits[u] = i + u * kSelectThreads < size ? ordered_bits(__uint_as_float(bits[u])) : 0;
+      }
+    }
+    visit(i, bits);
+  }
+}
+
+// The same for all candidates; the places of the keys are place + u * kSelectThreads.
+template <typename Visit>
+__device__ __forceinline__ void visit_in_any_order(const Candidates& candidates, Visit&& visit) {
+  visit_groups(candidates.list_bits, false, 0, candidates.list_size, visit);
+  visit_groups(candidates.range_bits, candidates.range_is_scores, 0, candidates.range_size,
+               [&](unsigned i, const unsigned(&bits)[kGroup]) { visit(candidates.list_size + i, bits); });
 }
 
 // The lowest score kept, as far as it is known: keys with bits >> shift above `digits` are kept, of those
@@ -99,8 +118,7 @@ struct Threshold {
 
 class BestKeys {
  public:
-  // Once so few candidates agree with the digits known so far, they are put aside, and the rest is not looked
-  // at again.
+  // Once so few candidates can be the lowest kept, they are put aside, and the rest is not looked at again.
   static constexpr unsigned kMaxGathered = 4096;
 
   struct Storage {
@@ -122,8 +140,13 @@ class BestKeys {
     threshold.shift = 32;
     threshold.num_kept = k;
     unsigned rank = k;  // of the key sought, among those that agree with `digits`
-    for (int width = 11; threshold.shift > 0; width = min(11, threshold.shift)) {
-      count_digits(threshold, width);
+    const Bound bound = bound_from_sample(rank);
+    for (int width = kFirstWidth; threshold.shift > 0; width = min(11, threshold.shift)) {
+      if (threshold.shift == 32) {
+        count_first_digits(bound);
+      } else {
+        count_digits(threshold, width);
+      }
       find_bin(rank);
       if (threshold.shift == 32 && storage_.enabled < static_cast<unsigned>(k)) {
         return {0, 0, 0, static_cast<int>(storage_.enabled), true};
@@ -132,7 +155,8 @@ class BestKeys {
       threshold.digits = threshold.digits << width | storage_.digit;
       threshold.shift -= width;
       threshold.dropped_ties = storage_.in_bin - rank;
-      if (storage_.in_bin == 1) break;
+      // Keys below the bound are not counted, so that a bin with some of them may hold more.
+      if (storage_.in_bin == 1 && threshold.digits << threshold.shift >= bound.least) break;
     }
     return threshold;
   }
@@ -223,58 +247,174 @@ class BestKeys {
   }
 
  private:
+  static constexpr int kFirstWidth = 11;
+
+  // Bits that k of the candidates reach, and how many of them probably do.
+  struct Bound {
+    unsigned least;
+    unsigned expected;
+  };
+
+  // Found in a sample: the later keys, since scores may grow. Without a bound, all enabled keys reach it.
+  __device__ Bound bound_from_sample(unsigned k) {
+    // Of n keys about n k / m reach the k-th of a sample of m.
+    constexpr unsigned kAimedAt = kMaxGathered * 3 / 4;
+    const unsigned size = candidates_.size();
+    const Bound none{1, size};
+    if (size <= kMaxGathered) return none;
+    const bool from_list = candidates_.list_size >= k;
+    const unsigned in_array = from_list ? candidates_.list_size : candidates_.range_size;
+    const auto wanted = static_cast<unsigned>(static_cast<unsigned long long>(size) * k / kAimedAt);
+    const unsigned sample_size = min(max(wanted, k), in_array);
+    if (sample_size < k || sample_size > size / 2) return none;
+    const auto visit_sample = [&](auto&& visit) {
+      visit_groups(from_list ? candidates_.list_bits : candidates_.range_bits,
+                   !from_list && candidates_.range_is_scores, in_array - sample_size, in_array,
+                   [&](unsigned, const unsigned(&bits)[kGroup]) { visit(bits); });
+    };
+    const auto expected = [&](unsigned reached) {
+      return static_cast<unsigned>(static_cast<unsigned long long>(reached) * size / sample_size);
+    };
+    clear_histogram();
+    visit_sample([&](const unsigned(&bits)[kGroup]) { count_group(bits, 1); });
+    __syncthreads();
+    find_bin(k);
+    if (storage_.enabled < k) return none;
+    Threshold threshold;
+    threshold.digits = storage_.digit;
+    threshold.shift = 32 - kFirstWidth;
+    unsigned reached = storage_.above + storage_.in_bin;
+    if (expected(reached) > kMaxGathered * 7 / 8) {
+      const unsigned above = storage_.above;
+      __syncthreads();  // the bin is known to all
+      clear_histogram();
+      visit_sample([&](const unsigned(&bits)[kGroup]) { count_next_digit(bits, threshold, 11); });
+      __syncthreads();
+      find_bin(k - above);
+      threshold.digits = threshold.digits << 11 | storage_.digit;
+      threshold.shift -= 11;
+      reached = above + storage_.above + storage_.in_bin;
+    }
+    __syncthreads();  // the bin is known to all
+    return {threshold.digits << threshold.shift, expected(reached)};
+  }
+
+  // The histogram of the first digits of the keys that reach the bound. If they are few, they are put aside
+  // first.
+  __device__ void count_first_digits(const Bound& bound) {
+    constexpr int kShift = 32 - kFirstWidth;
+    clear_histogram();
+    if (bound.expected <= kMaxGathered) {
+      visit_in_any_order(candidates_, [&](unsigned place, const unsigned(&bits)[kGroup]) {
+        gather(place, bits, [&](unsigned key_bits) { return key_bits >= bound.least; });
+      });
+      __syncthreads();
+      gathered_ = storage_.num_gathered <= kMaxGathered;
+    }
+    if (gathered_) {
+      for (unsigned i = threadIdx.x; i < storage_.num_gathered; i += kSelectThreads) {
+        atomicAdd(&storage_.histogram[storage_.gathered_bits[i] >> kShift], 1u);
+      }
+    } else {
+      visit_in_any_order(candidates_,
+                         [&](unsigned, const unsigned(&bits)[kGroup]) { count_group(bits, bound.least); });
+    }
+    __syncthreads();
+  }
+
   // The histogram of the next `width` bits of the keys that agree with threshold.digits.
   __device__ void count_digits(const Threshold& threshold, int width) {
-    const int shift = threshold.shift - width;
-    const unsigned digit_mask = (1u << width) - 1;
-    const bool first_pass = threshold.shift == 32;
-    const bool gathers = !gathered_ && !first_pass && storage_.in_bin <= kMaxGathered;
-    for (unsigned bin = threadIdx.x; bin < 2048; bin += kSelectThreads) storage_.histogram[bin] = 0;
-    if (gathers && threadIdx.x == 0) storage_.num_gathered = 0;
-    __syncthreads();
+    const bool gathers = !gathered_ && storage_.in_bin <= kMaxGathered;
+    const auto counts = [&](unsigned bits) { return bits >> threshold.shift == threshold.digits; };
+    __syncthreads();  // in_bin and num_gathered are read
+    clear_histogram(!gathered_);
     if (gathered_) {
       for (unsigned i = threadIdx.x; i < storage_.num_gathered; i += kSelectThreads) {
         const unsigned bits = storage_.gathered_bits[i];
-        if (bits >> threshold.shift == threshold.digits) {
-          atomicAdd(&storage_.histogram[bits >> shift & digit_mask], 1u);
-        }
+        if (counts(bits)) atomicAdd(&storage_.histogram[next_digit(bits, threshold, width)], 1u);
       }
-    } else if (gathers) {
-      visit_in_any_order(candidates_, [&](unsigned place, unsigned bits) {
-        const bool counts = bits >> threshold.shift == threshold.digits;
-        if (counts) atomicAdd(&storage_.histogram[bits >> shift & digit_mask], 1u);
-        gather(place, bits, counts);
-      });
     } else {
-      visit_in_any_order(candidates_, [&](unsigned, unsigned bits) {
-        const bool counts = first_pass || bits >> threshold.shift == threshold.digits;
-        count_digit(bits >> shift & digit_mask, counts);
+      visit_in_any_order(candidates_, [&](unsigned place, const unsigned(&bits)[kGroup]) {
+        count_next_digit(bits, threshold, width);
+        if (gathers) gather(place, bits, counts);
       });
     }
     gathered_ = gathered_ || gathers;
     __syncthreads();
   }
 
-  // Where scores hardly differ, whole warps share a bin; then one lane adds for all.
-  __device__ void count_digit(unsigned digit, bool counts) {
-    const unsigned first_digit = __shfl_sync(kFullWarp, digit, 0);
-    if (__all_sync(kFullWarp, counts && digit == first_digit)) {
-      if (lane_index() == 0) atomicAdd(&storage_.histogram[digit], 32u);
-    } else if (counts) {
-      atomicAdd(&storage_.histogram[digit], 1u);
+  __device__ void clear_histogram(bool and_gathered = true) {
+    for (unsigned bin = threadIdx.x; bin < 2048; bin += kSelectThreads) storage_.histogram[bin] = 0;
+    if (and_gathered && threadIdx.x == 0) storage_.num_gathered = 0;
+    __syncthreads();
+  }
+
+  // All keys of a warp's group have the same bits.
+  __device__ bool all_equal(const unsigned (&bits)[kGroup]) {
+    const unsigned first = __shfl_sync(kFullWarp, bits[0], 0);
+    bool equal = true;
+#pragma unroll
+    for (unsigned u = 0; u < kGroup; ++u) equal = equal && bits[u] == first;
+    return __all_sync(kFullWarp, equal);
+  }
+
+  __device__ static unsigned next_digit(unsigned bits, const Threshold& threshold, int width) {
+    return bits >> (threshold.shift - width) & ((1u << width) - 1);
+  }
+
+  // Adds the next `width` bits of the keys that agree with threshold.digits. Where scores hardly differ,
+  // whole warps share a bin; then one lane adds for all.
+  __device__ void count_next_digit(const unsigned (&bits)[kGroup], const Threshold& threshold, int width) {
+    const auto count = [&](unsigned key_bits, unsigned number) {
+      if (key_bits >> threshold.shift != threshold.digits) return;
+      atomicAdd(&storage_.histogram[next_digit(key_bits, threshold, width)], number);
+    };
+    if (all_equal(bits)) {
+      if (lane_index() == 0) count(bits[0], 32 * kGroup);
+      return;
+    }
+#pragma unroll
+    for (unsigned u = 0; u < kGroup; ++u) count(bits[u], 1);
+  }
+
+  // Adds the first digits of the keys that reach `least`. Bin 0, that of disabled keys, is never looked at.
+  __device__ void count_group(const unsigned (&bits)[kGroup], unsigned least) {
+    constexpr int kShift = 32 - kFirstWidth;
+    if (all_equal(bits)) {
+      if (lane_index() == 0 && bits[0] >= least) {
+        atomicAdd(&storage_.histogram[bits[0] >> kShift], 32 * kGroup);
+      }
+      return;
+    }
+#pragma unroll
+    for (unsigned u = 0; u < kGroup; ++u) {
+      if (bits[u] >= least) atomicAdd(&storage_.histogram[bits[u] >> kShift], 1u);
     }
   }
 
-  __device__ void gather(unsigned place, unsigned bits, bool gathers) {
-    const unsigned mask = __ballot_sync(kFullWarp, gathers);
-    if (mask == 0) return;
-    const int leader = __ffs(mask) - 1;
+  // Puts the keys aside for which gathers(bits), as long as there is room; num_gathered counts the others
+  // too.
+  template <typename Gathers>
+  __device__ void gather(unsigned place, const unsigned (&bits)[kGroup], const Gathers& gathers) {
+    unsigned masks[kGroup];
+    unsigned count = 0;
+#pragma unroll
+    for (unsigned u = 0; u < kGroup; ++u) {
+      masks[u] = __ballot_sync(kFullWarp, gathers(bits[u]));
+      count += __popc(masks[u]);
+    }
+    if (count == 0) return;
     unsigned index = 0;
-    if (lane_index() == leader) index = atomicAdd(&storage_.num_gathered, __popc(mask));
-    index = __shfl_sync(kFullWarp, index, leader) + __popc(mask & lanes_before(lane_index()));
-    if (gathers && index < kMaxGathered) {
-      storage_.gathered_bits[index] = bits;
-      storage_.gathered_places[index] = place;
+    if (lane_index() == 0) index = atomicAdd(&storage_.num_gathered, count);
+    index = __shfl_sync(kFullWarp, index, 0);
+#pragma unroll
+    for (unsigned u = 0; u < kGroup; ++u) {
+      const unsigned mine = index + __popc(masks[u] & lanes_before(lane_index()));
+      if ((masks[u] >> lane_index() & 1) != 0 && mine < kMaxGathered) {
+        storage_.gathered_bits[mine] = bits[u];
+        storage_.gathered_places[mine] = place + u * kSelectThreads;
+      }
+      index += __popc(masks[u]);
     }
   }
 

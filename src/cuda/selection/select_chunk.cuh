@@ -7,6 +7,7 @@
 #include <cub/block/block_scan.cuh>
 
 #include "cuda/selection/select_problem.cuh"
+#include "cuda/selection/sort_ranks.cuh"
 
 namespace flash_dmattn::cuda {
 
@@ -102,34 +103,6 @@ struct RankTimes {
   }
 };
 
-// Bitonic sort, best rank first. size: a power of two from 64 to twice the number of threads. Ends with a
-// barrier.
-__device__ inline void sort_ranks(Rank* ranks, int size) {
-  const int thread = static_cast<int>(threadIdx.x);
-  for (int run = 2; run <= size; run *= 2) {
-    for (int stride = run / 2; stride > 0; stride /= 2) {
-      if (thread < size / 2) {
-        const int low = thread & (stride - 1);
-        const int i = 2 * (thread - low) + low;
-        const Rank a = ranks[i];
-        const Rank b = ranks[i + stride];
-        if ((a < b) == ((i & run) == 0)) {
-          ranks[i] = b;
-          ranks[i + stride] = a;
-        }
-      }
-      // A warp stays within 64 ranks of its own while the stride is at most 32.
-      const int next_stride = stride > 1 ? stride / 2 : run;
-      if (stride <= 32 && next_stride <= 32) {
-        __syncwarp();
-      } else {
-        __syncthreads();
-      }
-    }
-  }
-  __syncthreads();
-}
-
 template <int kChunk>
 struct ChunkStorage {
   Rank ranks[2 * kChunk];
@@ -172,14 +145,26 @@ __device__ int gather_candidates(const SelectProblem& problem, const Sequence& s
     const int key = problem.old_of(sequence, head, chunk)[thread];
     // Always so, unless cu_seqlens is nonsense.
     const bool is_old = static_cast<unsigned>(key) < static_cast<unsigned>(state.begin);
-    storage.ranks[thread] = is_old ? make_rank(problem.bits_of(sequence, head)[key], key) : 0;
+    storage.ranks[thread] = is_old ? make_rank(problem.key_bits(sequence, head).bits(key), key) : 0;
   }
   const int candidates = state.num_old + num_new;
-  int size = 64;
+  constexpr int kItems = kChunk == 32 ? 2 : 4;
+  int size = 32 * kItems;
   while (size < candidates) size *= 2;
   for (int i = candidates + thread; i < size; i += kChunk) storage.ranks[i] = 0;
   __syncthreads();
-  sort_ranks(storage.ranks, size);
+  const bool sorts = thread < size / kItems;
+  Rank* const own_ranks = storage.ranks + (sorts ? thread * kItems : 0);
+  Rank ranks[kItems];
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) ranks[i] = own_ranks[i];
+  __syncthreads();
+  sort_ranks(ranks, size, storage.ranks);
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    if (sorts) own_ranks[i] = ranks[i];
+  }
+  __syncthreads();
   return candidates;
 }
 
@@ -251,7 +236,7 @@ __global__ void __launch_bounds__(kChunk, kChunk == 1024 ? 2 : 1)
   const int key = state.begin + thread;
   unsigned bits = 0;
   if (thread < state.size) {
-    bits = whole ? problem.scores_of(sequence, head).bits(key) : problem.bits_of(sequence, head)[key];
+    bits = problem.key_bits(sequence, head).bits(key);
     if (whole && bits == 0) writer.disabled(key);
   }
   const Rank rank = bits == 0 ? 0 : make_rank(bits, key);

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kConvertThreads)
   const HeadScores scores = problem.scores_of(sequence, head);
   const ExpiryWriter writer = problem.writer_of(sequence, head);
   const int prefix = problem.cut.prefix(sequence.seqlen_k);
-  unsigned* to = problem.keep_all ? nullptr : problem.bits_of(sequence, head);
+  unsigned* to = problem.keep_all ? nullptr : problem.bits + problem.keys_of(sequence, head);
   constexpr int kPerThread = kConvertTile / kConvertThreads;
   const std::int64_t begin = static_cast<std::int64_t>(tile) * kConvertTile + threadIdx.x;
   unsigned bits[kPerThread];
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kSelectThreads, kSelectCtasPerSm)
   const int begin = cut.super_begin(seqlen, super);
   const int end = super + 1 < supers ? cut.super_begin(seqlen, super + 1) : seqlen;
   Candidates candidates;
-  candidates.range_bits = problem.bits_of(sequence, head) + begin;
+  candidates.range_bits = problem.bits + problem.keys_of(sequence, head) + begin;
   candidates.range_begin = begin;
   candidates.range_size = end - begin;
   const std::int64_t list = problem.list_of(sequence, head, super);
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kSelectThreads, kSelectCtasPerSm)
   __syncthreads();
   const int begin = problem.cut.super_begin(seqlen, super);
   Candidates keys;
-  keys.range_bits = problem.bits_of(sequence, head) + begin;
+  keys.range_bits = problem.bits + problem.keys_of(sequence, head) + begin;
   keys.range_begin = begin;
   keys.range_size = min(problem.cut.super_chunk, seqlen - begin);
   const std::int64_t first = problem.keys_of(sequence, head) + begin;
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kSelectThreads, kSelectCtasPerSm)
   if (supers > 1) {
     candidates = best_of_supers(problem, sequence, head, supers);
   } else {
-    candidates.range_bits = problem.bits_of(sequence, head);
+    candidates.range_bits = problem.bits + problem.keys_of(sequence, head);
     candidates.range_size = sequence.seqlen_k;
   }
   BestKeys best(storage, candidates);
@@ -162,12 +162,22 @@ __global__ void __launch_bounds__(kSelectThreads, kSelectCtasPerSm)
   });
 }
 
+// Later boundaries have more to read. The last ones come first, and the first ones last, so that a CTA that
+// shares its SM with one of the first half of the CTAs has the less to do the more that one has.
+__device__ inline int boundary_of(const SelectProblem& problem, int piece) {
+  if (problem.geometry.packed()) return piece;
+  const int boundaries = problem.boundaries.per_sequence;
+  const int half = (boundaries + 1) / 2;
+  return piece < half ? boundaries - 1 - piece : piece - half;
+}
+
 // thresholds and num_alive; num_old becomes 0. A CTA owns a boundary and reads the survivors at the start of
 // its super-chunk and the entrants between them and the boundary; in the first super-chunk all keys.
 __global__ void __launch_bounds__(kSelectThreads, kSelectCtasPerSm)
     find_thresholds(const __grid_constant__ SelectProblem problem) {
   __shared__ BestKeys::Storage storage;
-  const auto [sequence, head, boundary] = find_piece(problem, problem.boundaries);
+  const auto [sequence, head, piece] = find_piece(problem, problem.boundaries);
+  const int boundary = boundary_of(problem, piece);
   const SelectCut& cut = problem.cut;
   const int seqlen = sequence.seqlen_k;
   const int chunks = cut.chunks(seqlen);
@@ -198,7 +208,9 @@ __global__ void __launch_bounds__(kSelectThreads, kSelectCtasPerSm)
     const int entrants = min(max(problem.num_entrants[list / problem.keep_window], 0), position - begin);
     candidates.range_size = count_before(candidates.range_keys, entrants, position);
   } else {
-    candidates.range_bits = problem.bits_of(sequence, head) + begin;
+    const HeadScores keys = problem.key_bits(sequence, head);
+    candidates.range_bits = static_cast<const unsigned*>(keys.data) + begin;
+    candidates.range_is_scores = keys.dtype == DType::kFloat32;
     candidates.range_begin = begin;
     candidates.range_size = position - begin;
   }
@@ -257,7 +269,7 @@ __global__ void __launch_bounds__(kDeathThreads)
   if (!born_here && prefix == 0) return;
   const Rank* thresholds = problem.thresholds + problem.boundaries_of(sequence, head);
   const ExpiryWriter writer = problem.writer_of(sequence, head);
-  const unsigned* bits_of_keys = problem.bits_of(sequence, head);
+  const HeadScores bits_of_keys = problem.key_bits(sequence, head);
   const std::int64_t survivors = born_here ? 0 : problem.list_of(sequence, head, cut.prefix_supers(seqlen));
   const int begin = born_here ? prefix + piece * cut.chunk : (piece - chunks) * cut.chunk;
   const int end = born_here ? seqlen : problem.keep_window;
@@ -267,7 +279,7 @@ __global__ void __launch_bounds__(kDeathThreads)
     int old_in = -1;
     if (i < end - begin) {
       key = born_here ? begin + i : problem.survivor_keys[survivors + begin + i];
-      const unsigned bits = born_here ? bits_of_keys[key] : problem.survivor_bits[survivors + begin + i];
+      const unsigned bits = born_here ? bits_of_keys.bits(key) : problem.survivor_bits[survivors + begin + i];
       const Rank rank = make_rank(bits, key);
       if (bits == 0) {
         if (born_here) writer.disabled(key);

@@ -25,11 +25,12 @@ __device__ __forceinline__ unsigned lanes_before(int lane) { return (1u << lane)
 
 // An unsigned integer in the order of the scores, -0 equal to +0; 0 for -inf and NaN, which disable a key.
 __device__ __forceinline__ unsigned ordered_bits(float score) {
-  unsigned bits = __float_as_uint(score);
-  const unsigned magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u || bits == 0xff800000u) return 0;
-  if (magnitude == 0) bits = 0;
-  return (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
+  constexpr unsigned kLeast = 0x00800000u;  // of the least number; -inf and negative NaN lie below
+  constexpr unsigned kInfinity = 0xff800000u;
+  const unsigned bits = __float_as_uint(score);
+  unsigned ordered = bits ^ (static_cast<unsigned>(static_cast<int>(bits) >> 31) | 0x80000000u);
+  ordered += ordered == 0x7fffffffu ? 1 : 0;  // -0
+  return ordered - kLeast <= kInfinity - kLeast ? ordered : 0;
 }
 
 // The ordered bits above the index of the key: unique, and of equal scores the later key ranks higher.
@@ -40,7 +41,7 @@ __device__ __forceinline__ Rank make_rank(unsigned bits, int key) {
 }
 __device__ __forceinline__ int key_of(Rank rank) { return static_cast<int>(rank); }
 
-// The scores of one head of a sequence.
+// The scores of one head of a sequence, or (kInt32) their ordered bits.
 struct HeadScores {
   const void* data;  // of key 0
   std::int64_t stride;
@@ -48,6 +49,7 @@ struct HeadScores {
 
   __device__ unsigned bits(int key) const {
     const std::int64_t offset = key * stride;
+    if (dtype == DType::kInt32) return static_cast<const unsigned*>(data)[offset];
     if (dtype == DType::kFloat32) return ordered_bits(static_cast<const float*>(data)[offset]);
     if (dtype == DType::kBFloat16) {
       return ordered_bits(to_float(static_cast<const BFloat16*>(data)[offset]));
@@ -66,17 +68,18 @@ struct ExpiryWriter {
   int local_window;
   int first_position;  // of the rows that read expiry; a key that none of them sees gets its own position
 
-  __device__ void store(int key, int expiry) const {
-    data[key * stride] = expiry <= first_position ? key : expiry;
-  }
-  __device__ void disabled(int key) const { data[key * stride] = key; }
-  __device__ void never_evicted(int key) const { store(key, seqlen); }
-  // Dropped by the ranks at this position; at the key's own or before: never among the best.
-  __device__ void dropped(int key, int position) const {
-    if (key < num_sinks) return never_evicted(key);
+  __device__ int value(int key, int expiry) const { return expiry <= first_position ? key : expiry; }
+  __device__ int value_never_evicted(int key) const { return value(key, seqlen); }
+  __device__ int value_dropped(int key, int position) const {
+    if (key < num_sinks) return value_never_evicted(key);
     const int local = local_window < seqlen - key ? key + local_window : seqlen;
-    store(key, max(position, local));
+    return value(key, max(position, local));
   }
+
+  __device__ void disabled(int key) const { data[key * stride] = key; }
+  __device__ void never_evicted(int key) const { data[key * stride] = value_never_evicted(key); }
+  // Dropped by the ranks at this position; at the key's own or before: never among the best.
+  __device__ void dropped(int key, int position) const { data[key * stride] = value_dropped(key, position); }
 };
 
 // Numbers the pieces of all sequences: a sequence has per_sequence of them if batched, at most
@@ -141,7 +144,8 @@ struct SelectProblem {
   Numbering deaths;      // the chunks and, if there is a prefix, the pieces of the list of its survivors
   Numbering chunks;
 
-  unsigned* bits = nullptr;  // [heads][total_k]: ordered bits of the scores
+  // [heads][total_k]: ordered bits of the scores; null where every kernel reads the scores themselves.
+  unsigned* bits = nullptr;
   // [heads][supers][keep_window]: of each super-chunk its own keep_window best keys in ascending order, and
   // those of everything before it. Places without a key have bits 0.
   unsigned* local_bits = nullptr;
@@ -173,8 +177,9 @@ struct SelectProblem {
     const int seqlen = sequence.seqlen_k;
     return {data, expiry.stride, seqlen, num_sinks, local_window, max(seqlen - num_queries, 0)};
   }
-  __device__ unsigned* bits_of(const Sequence& sequence, int head) const {
-    return bits + keys_of(sequence, head);
+  __device__ HeadScores key_bits(const Sequence& sequence, int head) const {
+    if (bits == nullptr) return scores_of(sequence, head);
+    return {bits + keys_of(sequence, head), 1, DType::kInt32};
   }
   // The place of key 0 in bits and entrant_....
   __device__ std::int64_t keys_of(const Sequence& sequence, int head) const {
