@@ -23,17 +23,19 @@ else
 endif
 
 CPP_SOURCES := CMakeLists.txt $(shell find cmake include src bindings -type f)
-TEST_SOURCES := $(shell find tests/cpp tests/emulator examples/cpp -type f)
+TEST_SOURCES := $(shell find tests/cpp tests/emulator tests/fuzz examples/c examples/cpp examples/ctypes -type f)
 # The C++ tests run the CUDA kernels through the emulator, which needs no CUDA compiler.
 CONFIGURE = cmake -S . -G Ninja -DFLASH_DMATTN_BUILD_TESTING=ON -DFLASH_DMATTN_CUDA=OFF \
   -DPython_EXECUTABLE=$(abspath $(PY))
 
-.PHONY: help demo test test-cpp test-sanitize test-python test-emulated test-gpu \
+.PHONY: help demo test test-cpp test-sanitize test-tsan-short test-python test-emulated test-tsan fuzz test-gpu \
   sanitize-gpu bench bench-cpp build clean distclean
 help:
 	@echo "make demo           train a small language model on real text and draw what it learned (demo_out/)"
-	@echo "make test           every test: C++, C++ under ASan and UBSan, Python, CUDA kernels on the CPU"
-	@echo "make test-cpp, test-sanitize, test-python, test-emulated   one of the four"
+	@echo "make test           every test: C++, C++ under sanitizers, Python, CUDA kernels on the CPU"
+	@echo "make test-cpp, test-sanitize, test-tsan-short, test-python, test-emulated   one of the five"
+	@echo "make test-tsan      the C++ suites under ThreadSanitizer, concurrent calls many times over"
+	@echo "make fuzz           libFuzzer on the C interface; needs Clang; FUZZ_SECONDS=600 for each of three targets"
 	@echo "make test-gpu       what judges kernels, on a GPU; the report goes to tests/gpu/results/gpu.json"
 	@echo "make sanitize-gpu   every CUDA kernel under compute-sanitizer, on a GPU"
 	@echo "make bench          benchmarks beside PyTorch's attention; ARGS=... goes to benchmarks/run.py"
@@ -45,7 +47,7 @@ help:
 demo: $(BUILD)/package.stamp
 	$(PY) examples/demo/train.py $(ARGS)
 
-test: test-cpp test-sanitize test-python test-emulated
+test: test-cpp test-sanitize test-tsan-short test-python test-emulated
 
 # The counts of what ran are printed by the tests themselves, hence -V.
 test-cpp: $(BUILD)/cpp.stamp
@@ -53,6 +55,23 @@ test-cpp: $(BUILD)/cpp.stamp
 
 test-sanitize: $(BUILD)/sanitize.stamp
 	GTEST_BRIEF=1 ctest --test-dir $(BUILD)/sanitize -V -j $(MAX_JOBS)
+
+# Concurrent calls; test-tsan: everything, and they go on for longer.
+test-tsan-short: $(BUILD)/tsan.stamp
+	GTEST_BRIEF=1 ctest --test-dir $(BUILD)/tsan -V -R concurrency_test
+
+test-tsan: $(BUILD)/tsan.stamp
+	cmake --build $(BUILD)/tsan
+	FLASH_DMATTN_TEST_ROUNDS=50 GTEST_BRIEF=1 ctest --test-dir $(BUILD)/tsan -V -j $(MAX_JOBS)
+
+# Inputs that reach something new are kept in build/fuzz/corpus, one that fails in build/fuzz.
+FUZZ_SECONDS ?= 600
+fuzz: $(BUILD)/fuzz.stamp
+	set -e; for target in validation selection attention; do \
+	  mkdir -p $(BUILD)/fuzz/corpus/$$target; \
+	  $(BUILD)/fuzz/tests/fuzz/fuzz_$$target -max_total_time=$(FUZZ_SECONDS) -max_len=512 -len_control=0 -timeout=30 \
+	    -print_final_stats=1 -artifact_prefix=$(BUILD)/fuzz/$$target- $(BUILD)/fuzz/corpus/$$target; \
+	done
 
 test-python: $(BUILD)/package.stamp $(BUILD)/cpp.stamp
 	FLASH_DMATTN_BUGS_LIBRARY=$(abspath $(BUILD))/cpp/libflash_dmattn_torch_bugs.so $(PY) -m pytest $(ARGS)
@@ -101,7 +120,7 @@ $(BUILD)/package.stamp: $(BUILD)/environment.stamp $(CPP_SOURCES)
 	@touch $@
 
 $(BUILD)/cpp.stamp: $(BUILD)/environment.stamp $(CPP_SOURCES) $(TEST_SOURCES)
-	$(CONFIGURE) -B $(BUILD)/cpp -DFLASH_DMATTN_BUILD_TORCH=ON
+	$(CONFIGURE) -B $(BUILD)/cpp -DFLASH_DMATTN_BUILD_TORCH=ON -DBUILD_SHARED_LIBS=ON
 	cmake --build $(BUILD)/cpp
 	@touch $@
 
@@ -109,6 +128,19 @@ $(BUILD)/sanitize.stamp: $(BUILD)/environment.stamp $(CPP_SOURCES) $(TEST_SOURCE
 	$(CONFIGURE) -B $(BUILD)/sanitize -DFLASH_DMATTN_SANITIZE=address,undefined -DFLASH_DMATTN_WERROR=ON \
 	  -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1
 	cmake --build $(BUILD)/sanitize
+	@touch $@
+
+$(BUILD)/tsan.stamp: $(BUILD)/environment.stamp $(CPP_SOURCES) $(TEST_SOURCES)
+	$(CONFIGURE) -B $(BUILD)/tsan -DFLASH_DMATTN_SANITIZE=thread -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1
+	cmake --build $(BUILD)/tsan --target concurrency_test
+	@touch $@
+
+# Kernels for this machine's instruction set alone: each takes Clang minutes to instrument.
+$(BUILD)/fuzz.stamp: $(BUILD)/environment.stamp $(CPP_SOURCES) $(TEST_SOURCES)
+	$(CONFIGURE) -B $(BUILD)/fuzz -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++ \
+	  -DFLASH_DMATTN_SANITIZE=fuzzer-no-link,address,undefined -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 \
+	  "-DCMAKE_CXX_FLAGS=-march=native -DHWY_COMPILE_ONLY_STATIC"
+	cmake --build $(BUILD)/fuzz --target fuzz_validation fuzz_selection fuzz_attention
 	@touch $@
 
 clean:

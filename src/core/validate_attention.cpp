@@ -96,24 +96,28 @@ void check_query_and_key(Validator& check, const Args& args, Sizes& sizes) {
   sizes.accumulation = accumulation_dtype(sizes.dtype);
   check.require(sizes.head_dim >= 1, "query", "head dim D = 0", "at least 1");
   const bool divides = sizes.heads_kv == 0 ? sizes.heads_q == 0 : sizes.heads_q % sizes.heads_kv == 0;
-  check.require(divides, "key", "Hkv = " + std::to_string(sizes.heads_kv),
-                "a divisor of query's H = " + std::to_string(sizes.heads_q));
+  if (!divides) {
+    check.fail("key", "Hkv = " + std::to_string(sizes.heads_kv),
+               "a divisor of query's H = " + std::to_string(sizes.heads_q));
+  }
 }
 
 template <typename Args>
 void check_sequences(Validator& check, const Args& args, const Sizes& sizes) {
   if (!sizes.packed) {
-    check.require(!args.causal || sizes.seqlen_q <= sizes.seqlen_k, "query",
-                  "Sq = " + std::to_string(sizes.seqlen_q),
-                  "at most Sk = " + std::to_string(sizes.seqlen_k) + " when causal");
+    if (args.causal && sizes.seqlen_q > sizes.seqlen_k) {
+      check.fail("query", "Sq = " + std::to_string(sizes.seqlen_q),
+                 "at most Sk = " + std::to_string(sizes.seqlen_k) + " when causal");
+    }
     return;
   }
   if (!check.cu_seqlens("cu_seqlens_q", args.cu_seqlens_q, "total_q", sizes.seqlen_q)) return;
   if (!check.cu_seqlens("cu_seqlens_k", args.cu_seqlens_k, "total_k", sizes.seqlen_k)) return;
   const std::int64_t length = args.cu_seqlens_q.shape[0];
-  check.require(args.cu_seqlens_k.shape[0] == length, "cu_seqlens_k",
-                std::to_string(args.cu_seqlens_k.shape[0]) + " elements",
-                std::to_string(length) + " as in cu_seqlens_q");
+  if (args.cu_seqlens_k.shape[0] != length) {
+    check.fail("cu_seqlens_k", std::to_string(args.cu_seqlens_k.shape[0]) + " elements",
+               std::to_string(length) + " as in cu_seqlens_q");
+  }
   if (!check.ok() || !args.causal || !check.can_read_values()) return;
   const Layout layout = make_layout(args);
   for (std::int64_t index = 0; index < layout.num_sequences; ++index) {
@@ -128,9 +132,10 @@ void check_sequences(Validator& check, const Args& args, const Sizes& sizes) {
 // What expiry was selected by. Args: PlanArgs, ForwardArgs or BackwardArgs.
 template <typename Args>
 void check_score(Validator& check, const Args& args, const Sizes& sizes) {
-  check.require(args.keep_window >= 0, "keep_window", std::to_string(args.keep_window), "at least 0");
-  check.require(args.expiry.present() || args.keep_window == 0, "keep_window",
-                std::to_string(args.keep_window) + " without expiry", "0");
+  if (args.keep_window < 0) check.fail("keep_window", std::to_string(args.keep_window), "at least 0");
+  if (!args.expiry.present() && args.keep_window != 0) {
+    check.fail("keep_window", std::to_string(args.keep_window) + " without expiry", "0");
+  }
   check.require(args.expiry.present() || !args.score.present(), "score", "a tensor without expiry", "none");
   if (args.score.present())
     check_per_key(check, &Validator::input, "score", args.score, kFloatingTypes, sizes);
@@ -199,8 +204,10 @@ Sizes plan_sizes(const PlanArgs& args) {
 void check_plan_queries(Validator& check, const PlanArgs& args, const Sizes& sizes) {
   if (!sizes.packed) {
     const std::int64_t limit = args.causal ? sizes.seqlen_k : std::numeric_limits<std::int32_t>::max();
-    return check.require(args.num_queries >= 0 && args.num_queries <= limit, "num_queries",
-                         std::to_string(args.num_queries), "0 to " + std::to_string(limit));
+    if (args.num_queries < 0 || args.num_queries > limit) {
+      check.fail("num_queries", std::to_string(args.num_queries), "0 to " + std::to_string(limit));
+    }
+    return;
   }
   check.contiguous("cu_seqlens_q", args.cu_seqlens_q, {DType::kInt32}, {{"sequences + 1"}});
   const std::int64_t length = args.cu_seqlens_q.shape[0];

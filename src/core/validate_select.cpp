@@ -4,22 +4,25 @@ namespace flash_dmattn {
 namespace {
 
 void check_window(Validator& check, const SelectArgs& args) {
-  check.require(args.keep_window >= 1, "keep_window", std::to_string(args.keep_window), "at least 1");
-  check.require(args.num_sinks >= 0, "num_sinks", std::to_string(args.num_sinks), "at least 0");
-  check.require(args.local_window >= 0, "local_window", std::to_string(args.local_window), "at least 0");
-  check.require(args.causal || args.local_window == 0, "local_window",
-                std::to_string(args.local_window) + " without causal", "0: local keys need an order");
+  if (args.keep_window < 1) check.fail("keep_window", std::to_string(args.keep_window), "at least 1");
+  if (args.num_sinks < 0) check.fail("num_sinks", std::to_string(args.num_sinks), "at least 0");
+  if (args.local_window < 0) check.fail("local_window", std::to_string(args.local_window), "at least 0");
+  if (!args.causal && args.local_window != 0) {
+    check.fail("local_window", std::to_string(args.local_window) + " without causal",
+               "0: local keys need an order");
+  }
 }
 
 void check_num_queries(Validator& check, const SelectArgs& args) {
   if (args.num_queries == -1) return;
-  const std::string got = std::to_string(args.num_queries);
-  check.require(args.causal, "num_queries", got + " without causal", "-1, all");
-  check.require(!args.cu_seqlens.present(), "num_queries", got + " with cu_seqlens", "-1, all");
+  const auto got = [&] { return std::to_string(args.num_queries); };
+  if (!args.causal) check.fail("num_queries", got() + " without causal", "-1, all");
+  if (args.cu_seqlens.present()) check.fail("num_queries", got() + " with cu_seqlens", "-1, all");
   if (!check.ok()) return;
   const std::int64_t seqlen_k = args.score.shape[2];
-  check.require(args.num_queries >= 0 && args.num_queries <= seqlen_k, "num_queries", got,
-                "0 to Sk = " + std::to_string(seqlen_k) + ", or -1 for all");
+  if (args.num_queries < 0 || args.num_queries > seqlen_k) {
+    check.fail("num_queries", got(), "0 to Sk = " + std::to_string(seqlen_k) + ", or -1 for all");
+  }
 }
 
 }  // namespace

@@ -158,8 +158,9 @@ bool Validator::contiguous(const char* name, const TensorView& tensor, DTypes dt
   if (!input(name, tensor, dtypes, axes)) return false;
   std::int64_t stride = 1;
   for (int axis = tensor.rank - 1; axis >= 0; --axis) {
-    require(tensor.shape[axis] <= 1 || tensor.stride[axis] == stride, name,
-            "strides " + list(tensor.stride, tensor.rank), "contiguous memory");
+    if (tensor.shape[axis] > 1 && tensor.stride[axis] != stride) {
+      fail(name, "strides " + list(tensor.stride, tensor.rank), "contiguous memory");
+    }
     stride *= tensor.shape[axis];
   }
   return ok();
@@ -174,7 +175,7 @@ bool Validator::cu_seqlens(const char* name, const TensorView& tensor, const cha
   if (!ok() || !on_cpu_) return ok();
   const auto* offsets = static_cast<const std::int32_t*>(tensor.data);
   std::int64_t previous = offsets[0];
-  require(previous == 0, name, std::to_string(previous) + " at index 0", "0");
+  if (previous != 0) fail(name, std::to_string(previous) + " at index 0", "0");
   for (std::int64_t i = 1; i < tensor.shape[0]; ++i) {
     const std::int64_t offset = offsets[i * tensor.stride[0]];
     if (offset < previous) {
@@ -184,19 +185,22 @@ bool Validator::cu_seqlens(const char* name, const TensorView& tensor, const cha
     }
     previous = offset;
   }
-  require(previous == total, name, std::to_string(previous) + " at the end",
-          std::string(total_symbol) + " = " + std::to_string(total));
+  if (previous != total) {
+    fail(name, std::to_string(previous) + " at the end",
+         std::string(total_symbol) + " = " + std::to_string(total));
+  }
   return ok();
 }
 
 void Validator::target(const Target& target) {
   if (target.device_type == DeviceType::kCuda) {
-    return require(target.device_index >= 0, "device_index", std::to_string(target.device_index),
-                   "at least 0");
+    if (target.device_index < 0) fail("device_index", std::to_string(target.device_index), "at least 0");
+    return;
   }
   const int num_workers = target.parallel_for.num_workers;
-  require(num_workers >= 1 && num_workers <= kMaxWorkers, "parallel_for.num_workers",
-          std::to_string(num_workers), "1 to " + std::to_string(kMaxWorkers));
+  if (num_workers < 1 || num_workers > kMaxWorkers) {
+    fail("parallel_for.num_workers", std::to_string(num_workers), "1 to " + std::to_string(kMaxWorkers));
+  }
   require(target.parallel_for.run != nullptr, "parallel_for.run", "a null pointer", "a function");
 }
 

@@ -45,6 +45,8 @@ class Validator {
   const std::string& message() const { return message_; }
 
   void fail(std::string_view argument, std::string_view got, std::string_view expected);
+  // For texts that are at hand. Others are composed behind an `if` that fails: a valid call composes none, so
+  // that it needs no memory.
   void require(bool condition, std::string_view argument, std::string_view got, std::string_view expected) {
     if (!condition) fail(argument, got, expected);
   }

@@ -21,11 +21,17 @@ class Arena {
   explicit Arena(const Workspace& workspace)
       : base_(align(reinterpret_cast<std::uintptr_t>(workspace.data))) {}
 
-  // Uninitialised memory for `count` elements; null while measuring.
+  // Uninitialised memory for `copies` times `count` elements; null while measuring.
   template <typename T>
-  T* take(std::size_t count) {
+  T* take(std::size_t count, std::size_t copies = 1) {
     const std::uintptr_t begin = base_ + used_;
-    used_ += align(count * sizeof(T));
+    std::size_t bytes;
+    if (__builtin_mul_overflow(count, sizeof(T), &bytes) || __builtin_mul_overflow(bytes, copies, &bytes) ||
+        bytes > kMostBytes - used_) {
+      used_ = kMostBytes;
+    } else {
+      used_ += align(bytes);
+    }
     return base_ == 0 ? nullptr : reinterpret_cast<T*>(begin);
   }
 
@@ -37,6 +43,10 @@ class Arena {
   std::size_t bytes() const { return used_ == 0 ? 0 : used_ + kWorkspaceAlignment - 1; }
 
  private:
+  // What no workspace has. Repeated inputs (strides of 0) may describe tensors of any size, and what is
+  // measured for them must not wrap around to little.
+  static constexpr std::size_t kMostBytes = std::size_t{1} << 62;
+
   std::uintptr_t base_ = 0;
   std::size_t used_ = 0;
 };

@@ -274,7 +274,7 @@ BackwardProblem make_problem(const BackwardArgs& args, int num_workers, Arena& a
   const auto take_sum = [&](const TensorView& gradient) -> void* {
     return gradient.present() && !sums_in_place<T>(layout, gradient) ? arena.take<T>(sum_elements) : nullptr;
   };
-  std::byte* scratch = arena.take<std::byte>(worker.bytes() * num_workers);
+  std::byte* scratch = arena.take<std::byte>(worker.bytes(), num_workers);
   T* partial = arena.take<T>(std::max(longest, wave));
   SegmentItem* items = arena.take<SegmentItem>(plans.max_segments());
   void* dk_sum = take_sum(args.dk);

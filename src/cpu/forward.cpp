@@ -251,7 +251,7 @@ ForwardProblem make_problem(const ForwardArgs& args, int num_workers, Arena& are
     ForwardScratch<float>(tile_shape, has_dense(args), worker);
   }
   Plans plans(layout, args.causal, args.expiry.present(), tile_shape.positions, arena);
-  std::byte* scratch = arena.take<std::byte>(worker.bytes() * num_workers);
+  std::byte* scratch = arena.take<std::byte>(worker.bytes(), num_workers);
   return {args, layout, tile_shape, plans, worker.bytes(), scratch};
 }
 

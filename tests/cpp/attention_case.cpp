@@ -418,8 +418,14 @@ std::string compare_one(const Problem& p, const Expectation& expectation, const 
 
 }  // namespace
 
+const Passes kCppPasses = {
+    [](const ForwardArgs& args, const Target& target, Poison poison) { run(forward, args, target, poison); },
+    [](const BackwardArgs& args, const Target& target, Poison poison) {
+      run(backward, args, target, poison);
+    }};
+
 Outputs run_case(const Problem& problem, const Expectation& expectation, const Target& target, Poison poison,
-                 int gradients) {
+                 int gradients, const Passes& passes) {
   Outputs outputs{.out = problem.like_query(),
                   .lse = problem.like_lse(),
                   .gradients = {.dq = problem.like_query(),
@@ -429,7 +435,7 @@ Outputs run_case(const Problem& problem, const Expectation& expectation, const T
   ForwardArgs forward_args = problem.forward_args();
   forward_args.out = outputs.out.view();
   forward_args.lse = outputs.lse.view();
-  run(forward, forward_args, target, poison);
+  passes.forward(forward_args, target, poison);
 
   Tensor out = problem.like_query(), lse = problem.like_lse();
   const auto set = [](Tensor& tensor) {
@@ -444,7 +450,7 @@ Outputs run_case(const Problem& problem, const Expectation& expectation, const T
   if ((gradients & 2) != 0) backward_args.dk = outputs.gradients.dk.view();
   if ((gradients & 4) != 0) backward_args.dv = outputs.gradients.dv.view();
   if ((gradients & 8) != 0 && problem.has_bias()) backward_args.dbias = outputs.gradients.dbias.view();
-  run(backward, backward_args, target, poison);
+  passes.backward(backward_args, target, poison);
   return outputs;
 }
 

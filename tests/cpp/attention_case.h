@@ -104,10 +104,17 @@ struct Outputs {
   Gradients gradients;
 };
 
+// How run_case calls the two passes: through C++, or through another interface.
+struct Passes {
+  void (*forward)(const ForwardArgs&, const Target&, Poison);
+  void (*backward)(const BackwardArgs&, const Target&, Poison);
+};
+extern const Passes kCppPasses;
+
 // Runs both passes; the backward reads the oracle's out and lse, rounded, so that its errors are its own. It
 // computes the gradients whose bits are set: dq 1, dk 2, dv 4, dbias 8.
 Outputs run_case(const Problem& problem, const Expectation& expectation, const Target& target = {},
-                 Poison poison = Poison::kNaN, int gradients = 15);
+                 Poison poison = Poison::kNaN, int gradients = 15, const Passes& passes = kCppPasses);
 
 // "" or one line about the worst element that the error budget does not cover.
 std::string compare(const Problem& problem, const Expectation& expectation, const Outputs& outputs);

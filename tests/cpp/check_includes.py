@@ -52,7 +52,7 @@ def check_cpp(root: Path) -> tuple[list[str], int]:
     headers = own_headers(root)
     files = [p for base in ("include", "src", "bindings", "examples") for p in sorted((root / base).rglob("*"))]
     for path in files:
-        if path.suffix not in {".h", ".hpp", ".cpp", ".cu", ".cuh"}:
+        if path.suffix not in {".h", ".hpp", ".c", ".cpp", ".cu", ".cuh"}:
             continue
         relative = str(path.relative_to(root))
         folder = folder_of(relative)

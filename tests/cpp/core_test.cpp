@@ -165,6 +165,35 @@ TEST(Workspace, MeasuresWhatItUses) {
   EXPECT_EQ(nothing.bytes(), 0u);
 }
 
+// What nobody can lend is not measured as little.
+TEST(Workspace, HugeSizesDoNotWrap) {
+  constexpr std::size_t kHuge = std::size_t{1} << 61;
+  for (const std::size_t copies : {std::size_t{1}, std::size_t{8}, kHuge}) {
+    Arena arena;
+    arena.take<char>(10);
+    arena.take<double>(kHuge, copies);
+    arena.take<char>(kHuge);
+    EXPECT_GE(arena.bytes(), kHuge);
+  }
+  // One row, one key, everything repeated: 2^23 heads of 2^23 columns for each of 2^16 workers.
+  constexpr std::int64_t kMany = 1 << 23;
+  float number = 0, bias = 0, dbias = 0;
+  BackwardArgs args;
+  args.query = contiguous_view(&number, DType::kFloat32, {1, 1, kMany, kMany});
+  args.query.stride = {};
+  args.out = args.dout = args.query;
+  args.key = args.value = contiguous_view(&number, DType::kFloat32, {1, 1, 1, kMany});
+  args.key.stride = args.value.stride = {};
+  args.lse = contiguous_view(&number, DType::kFloat32, {1, kMany, 1});
+  args.lse.stride = {};
+  args.bias = contiguous_view(&bias, DType::kFloat32, {1, 1, 1});
+  args.dbias = contiguous_view(&dbias, DType::kFloat32, {1, 1, 1});
+  Target target;
+  target.parallel_for.num_workers = 1 << 16;
+  EXPECT_EQ(why_unsupported(args, target), "");
+  EXPECT_GE(workspace_bytes(args, target), std::size_t{1} << 62);
+}
+
 // The value of a 16-bit pattern with this many bits of exponent and mantissa, from the definition of the
 // formats.
 double decode(std::uint16_t bits, int exponent_bits, int mantissa_bits) {
