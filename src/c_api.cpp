@@ -30,7 +30,7 @@ static_assert(FLASH_DMATTN_MAX_RANK == kMaxRank);
 static_assert(FLASH_DMATTN_INVALID_ARGUMENT == static_cast<int>(StatusCode::kInvalidArgument));
 static_assert(FLASH_DMATTN_UNSUPPORTED == static_cast<int>(StatusCode::kUnsupported));
 static_assert(FLASH_DMATTN_DEVICE_ERROR == static_cast<int>(StatusCode::kDeviceError));
-static_assert(FLASH_DMATTN_CUDA == static_cast<int>(DeviceType::kCuda));
+static_assert(FLASH_DMATTN_DEVICE_CUDA == static_cast<int>(DeviceType::kCuda));
 static_assert(FLASH_DMATTN_FLOAT64 == static_cast<int>(DType::kFloat64) + 1);
 static_assert(FLASH_DMATTN_FLOAT32 == static_cast<int>(DType::kFloat32) + 1);
 static_assert(FLASH_DMATTN_FLOAT16 == static_cast<int>(DType::kFloat16) + 1);
@@ -173,10 +173,10 @@ BackwardArgs convert(Validator& check, const flash_dmattn_backward_args& from) {
 
 Target convert(Validator& check, const flash_dmattn_target& from) {
   Target target;
-  if (from.device_type != FLASH_DMATTN_CPU && from.device_type != FLASH_DMATTN_CUDA) {
+  if (from.device_type != FLASH_DMATTN_DEVICE_CPU && from.device_type != FLASH_DMATTN_DEVICE_CUDA) {
     check.fail("target.device_type", std::to_string(from.device_type), "a flash_dmattn_device_type");
   }
-  target.device_type = from.device_type == FLASH_DMATTN_CUDA ? DeviceType::kCuda : DeviceType::kCpu;
+  target.device_type = from.device_type == FLASH_DMATTN_DEVICE_CUDA ? DeviceType::kCuda : DeviceType::kCpu;
   target.device_index = from.device_index;
   target.stream = from.stream;
   if (from.parallel_for == nullptr) {

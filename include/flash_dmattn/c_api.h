@@ -39,8 +39,8 @@ typedef enum flash_dmattn_dtype {
 } flash_dmattn_dtype;
 
 typedef enum flash_dmattn_device_type {
-  FLASH_DMATTN_CPU = 0,
-  FLASH_DMATTN_CUDA = 1
+  FLASH_DMATTN_DEVICE_CPU = 0,
+  FLASH_DMATTN_DEVICE_CUDA = 1
 } flash_dmattn_device_type;
 
 #define FLASH_DMATTN_MAX_RANK 4

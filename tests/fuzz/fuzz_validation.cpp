@@ -309,7 +309,7 @@ flash_dmattn_target make_target(Input& input) {
     target.parallel_for = run_in_turn;
     target.num_workers = 1 + input.below(4);
   }
-  if (input.chance(24)) target.device_type = FLASH_DMATTN_CUDA;
+  if (input.chance(24)) target.device_type = FLASH_DMATTN_DEVICE_CUDA;
   if (input.chance(24)) {
     target.device_type = static_cast<std::int32_t>(input.number());
     target.device_index = static_cast<std::int32_t>(input.number());
@@ -394,7 +394,7 @@ void check_call(Input& input) {
   if (input.chance(32)) spoil_number(input, args);
 
   Memory memory;
-  const bool on_cpu = target.device_type != FLASH_DMATTN_CUDA;
+  const bool on_cpu = target.device_type != FLASH_DMATTN_DEVICE_CUDA;
   for (const Field& field : all) memory.place(input, field, on_cpu);
   for (const Field& field : all) {
     if (!field.is_offsets || !memory.all_owned || field.tensor->rank != 1 || input.chance(16)) continue;

@@ -3,6 +3,8 @@
 // that is for the Python suites. Outputs, plans and workspaces are left uninitialised.
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -10,6 +12,7 @@
 #include <cstring>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "flash_dmattn/attention.h"
@@ -45,6 +48,7 @@ class DeviceMemory {
 };
 
 std::size_t bytes_of(fd::DType dtype) {
+  if (dtype == fd::DType::kBool) return 1;
   return dtype == fd::DType::kBFloat16 || dtype == fd::DType::kFloat16 ? 2 : 4;
 }
 
@@ -74,6 +78,8 @@ float half_value(std::uint16_t half, fd::DType dtype) {
 }
 
 struct Tensor {
+  Tensor(fd::DType dtype, const std::array<std::int64_t, 4>& shape)
+      : Tensor(dtype, {shape[0], shape[1], shape[2], shape[3]}) {}
   Tensor(fd::DType dtype, std::initializer_list<std::int64_t> shape)
       : view(fd::contiguous_view(static_cast<void*>(nullptr), dtype, shape)),
         memory(view.num_elements() * bytes_of(dtype)) {
@@ -131,6 +137,8 @@ struct Shape {
   fd::DType dtype;
   std::int64_t head_dim, heads_q, heads_kv, seqlen_q, seqlen_k, keep_window;  // no window: plain attention
   bool causal = true, packed = false, with_bias = true, with_plan = false;
+  // A mask of every pair and a bias [1, dense_heads, dense_rows, seqlen_k], in the place of the one per key.
+  std::int64_t dense_heads = 0, dense_rows = 0;
 };
 
 // The tensors of one shape. Packed: two sequences, the first of 5 rows and keys.
@@ -144,13 +152,27 @@ struct Problem {
         expiry(per_head(fd::DType::kInt32, shape, shape.heads_kv, shape.seqlen_k, false)),
         dlse(per_head(fd::DType::kFloat32, shape, shape.heads_q, shape.seqlen_q, true)),
         cu_seqlens_q(fd::DType::kInt32, {3}),
-        cu_seqlens_k(fd::DType::kInt32, {3}) {
+        cu_seqlens_k(fd::DType::kInt32, {3}),
+        mask(fd::DType::kBool, {1, shape.heads_q, shape.seqlen_q, shape.seqlen_k}),
+        dense_bias(shape.dtype, dense_bias_shape(shape)) {
     for (Tensor* tensor : {&query, &key, &dout, &score, &dlse}) fill(*tensor, -0.5f, engine);
     fill(value, 1.0f, engine);
     const std::int32_t ends_q[] = {0, 5, static_cast<std::int32_t>(shape.seqlen_q)};
     const std::int32_t ends_k[] = {0, 5, static_cast<std::int32_t>(shape.seqlen_k)};
     cu_seqlens_q.copy_from(ends_q);
     cu_seqlens_k.copy_from(ends_k);
+    fill(dense_bias, -0.5f, engine);
+    std::vector<unsigned char> sees(mask.view.num_elements());
+    for (std::size_t i = 0; i < sees.size(); ++i) {
+      const auto key_index = static_cast<std::int64_t>(i) % shape.seqlen_k;
+      sees[i] = key_index == 0 || (key_index / 64 % 3 != 1 && engine() % 4 == 0);  // some blocks nobody sees
+    }
+    mask.copy_from(sees.data());
+  }
+
+  static std::array<std::int64_t, 4> dense_bias_shape(const Shape& shape) {
+    return {1, std::max<std::int64_t>(shape.dense_heads, 1), std::max<std::int64_t>(shape.dense_rows, 1),
+            shape.seqlen_k};
   }
 
   static Tensor rows(fd::DType dtype, const Shape& shape, std::int64_t length, std::int64_t heads) {
@@ -165,7 +187,7 @@ struct Problem {
     return of_rows ? Tensor(dtype, {heads, length}) : Tensor(dtype, {length, heads});
   }
 
-  Tensor query, key, value, dout, score, expiry, dlse, cu_seqlens_q, cu_seqlens_k;
+  Tensor query, key, value, dout, score, expiry, dlse, cu_seqlens_q, cu_seqlens_k, mask, dense_bias;
 };
 
 void check_range(const Tensor& tensor, float low, float high, const char* name) {
@@ -195,7 +217,9 @@ void attend(const Shape& shape, std::mt19937& engine) {
     if (shape.causal && !shape.packed) select.num_queries = shape.seqlen_q;
     run(fd::select, select, "select");
   }
-  const fd::TensorView bias = shape.with_bias ? problem.score.view : absent;
+  const bool dense = shape.dense_heads > 0;
+  const fd::TensorView bias = dense ? problem.dense_bias.view : shape.with_bias ? problem.score.view : absent;
+  const fd::TensorView mask = dense ? problem.mask.view : absent;
   const fd::TensorView expiry = windowed ? problem.expiry.view : absent;
   const fd::TensorView score = windowed ? problem.score.view : absent;
   fd::PlanArgs plan_args{.expiry = expiry,
@@ -223,6 +247,7 @@ void attend(const Shape& shape, std::mt19937& engine) {
                       .key = problem.key.view,
                       .value = problem.value.view,
                       .bias = bias,
+                      .mask = mask,
                       .expiry = expiry,
                       .score = score,
                       .keep_window = shape.keep_window,
@@ -240,11 +265,13 @@ void attend(const Shape& shape, std::mt19937& engine) {
   Tensor dq = Problem::rows(shape.dtype, shape, shape.seqlen_q, shape.heads_q);
   Tensor dk = Problem::rows(shape.dtype, shape, shape.seqlen_k, shape.heads_kv);
   Tensor dv = Problem::rows(shape.dtype, shape, shape.seqlen_k, shape.heads_kv);
-  Tensor dbias = Problem::per_head(fd::DType::kFloat32, shape, shape.heads_kv, shape.seqlen_k, false);
+  Tensor dbias = dense ? Tensor(shape.dtype, Problem::dense_bias_shape(shape))
+                       : Problem::per_head(fd::DType::kFloat32, shape, shape.heads_kv, shape.seqlen_k, false);
   fd::BackwardArgs backward{.query = problem.query.view,
                             .key = problem.key.view,
                             .value = problem.value.view,
                             .bias = bias,
+                            .mask = mask,
                             .expiry = expiry,
                             .score = score,
                             .keep_window = shape.keep_window,
@@ -296,6 +323,22 @@ int main() {
       attend({"neither window nor bias", dtype, head_dim, 2, 2, 70, 70, 0, true, false, false}, engine);
       attend({"packed", dtype, head_dim, 4, 1, 135, 135, 20, true, true}, engine);
       attend({"one query", dtype, head_dim, 4, 1, 1, 300, 64}, engine);
+      attend({"decode", dtype, head_dim, 6, 2, 3, 700, 300}, engine);
+      attend({"decode, all keys", dtype, head_dim, 2, 1, 1, 1500, 0, true, false, false}, engine);
+      for (const auto& [heads, rows] : {std::pair{4, 140}, std::pair{2, 140}, std::pair{1, 1}}) {
+        attend({.name = "dense mask and bias",
+                .dtype = dtype,
+                .head_dim = head_dim,
+                .heads_q = 4,
+                .heads_kv = 2,
+                .seqlen_q = 140,
+                .seqlen_k = 200,
+                .keep_window = 0,
+                .causal = rows > 1,
+                .dense_heads = heads,
+                .dense_rows = rows},
+               engine);
+      }
     }
   }
   attend({"three segments", fd::DType::kBFloat16, 64, 1, 1, 2150, 4300, 40, true, false, true, true}, engine);
@@ -305,7 +348,9 @@ int main() {
   }
   select_alone(fd::DType::kFloat32, 1, 1, 1, true, -1, engine);
   select_alone(fd::DType::kFloat32, 1, 70000, 1000, true, -1, engine);
-  select_alone(fd::DType::kFloat32, 1, 70000, 1000, true, 1, engine);
+  for (const std::int64_t num_queries : {1, 5, 100}) {
+    select_alone(fd::DType::kFloat32, 1, 70000, 1000, true, num_queries, engine);
+  }
   std::printf("smoke: all ran\n");
   return 0;
 }
