@@ -546,7 +546,7 @@ TEST_F(Validation, HarmlessOddities) {
 
 TEST_F(Validation, ExplainNamesEveryKernel) {
   Call call;
-  EXPECT_EQ(explain(call.forward, call.target), "cpu: runs");
+  EXPECT_EQ(explain(call.forward, call.target), "cpu decode: runs\ncpu: runs");
   EXPECT_EQ(explain(call.backward, call.target), "cpu: runs");
   call.forward.scale = kInf;
   EXPECT_EQ(explain(call.forward, call.target),

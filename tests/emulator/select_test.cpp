@@ -208,7 +208,8 @@ void check_random_call(std::int64_t longest, SelectSizes sizes, Random& random) 
   if (random.chance(0.2)) rule.num_sinks = random.pick<std::int64_t>({1, 4, seqlen, kMax});
   if (rule.causal && random.chance(0.2)) rule.local_window = random.pick<std::int64_t>({1, 5, seqlen, kMax});
   if (rule.causal && !shape.packed && random.chance(0.5)) {
-    rule.num_queries = random.pick<std::int64_t>({0, 1, 2, 5, 32, seqlen / 4, seqlen / 2, seqlen - 1, seqlen});
+    rule.num_queries =
+        random.pick<std::int64_t>({0, 1, 2, 5, 32, seqlen / 4, seqlen / 2, seqlen - 1, seqlen});
     rule.num_queries = std::clamp<std::int64_t>(rule.num_queries, 0, seqlen);
   }
   check_call(random.pick({DType::kFloat32, DType::kFloat32, DType::kBFloat16, DType::kFloat16}), shape, rule,
