@@ -214,6 +214,7 @@ __device__ void combine_splits(const DecodeParams<typename Config::Element>& par
   const Geometry& geometry = params.geometry;
   const float2* stats = params.buffers.stats + first_partial * kDecodeTileM;
   for (int index = static_cast<int>(threadIdx.x); index < splits * kDecodeTileM; index += Config::kThreads) {
+    if (shared.places[index % kDecodeTileM].row < 0) continue;
     shared.stats[index / kDecodeTileM][index % kDecodeTileM] = stats[index];
   }
   __syncthreads();
