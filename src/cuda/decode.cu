@@ -7,17 +7,18 @@
 #include "cuda/sm80/decode.h"
 
 namespace flash_dmattn::cuda {
+namespace {
+
+bool is_empty(const Geometry& geometry) {
+  return geometry.heads_q == 0 || geometry.num_sequences == 0 || geometry.seqlen_q == 0;
+}
+
+}  // namespace
 
 std::string decode_why_not(const ForwardArgs& args, const Target& target) {
   const std::string reason = forward_why_not(args, target);
   return reason.empty() ? sm80::decode_why_not(args, target.device_index) : reason;
 }
-
-namespace {
-bool is_empty(const Geometry& geometry) {
-  return geometry.heads_q == 0 || geometry.num_sequences == 0 || geometry.seqlen_q == 0;
-}
-}  // namespace
 
 std::size_t decode_workspace_bytes(const ForwardArgs& args, const Target& target) {
   if (is_empty(make_geometry(args))) return 0;

@@ -51,6 +51,10 @@ struct Case {
   double masked = 0.5;
 };
 
+// The CPU's kernels keep float32 between reading and writing 16-bit tensors, so only their outputs are
+// rounded to 16 bits.
+Precision precision_of(DType dtype, bool on_cuda = false);
+
 std::string describe(const Case& c);
 
 // The tensors of a case.

@@ -248,8 +248,8 @@ __device__ inline Rank bound_of_best(const Rank* candidates, unsigned count, uns
   return digits << shift;
 }
 
-// The keys of the rows arrive one after the other; what each drives out gets its position. Bound: reached by
-// the survivors among the candidates, of which the kept ones are not yet evicted by anybody. All threads
+// The keys of the rows arrive one after the other; each that enters a full window evicts the lowest key in
+// it, whose expiry becomes the row's position. Survivors are the candidates that reach `bound`. All threads
 // call.
 __device__ inline void evict_by_rows(const FewProblem& problem, const Sequence& sequence, int head,
                                      const ExpiryWriter& writer, const Rank* candidates, unsigned count,

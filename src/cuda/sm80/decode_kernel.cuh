@@ -32,7 +32,7 @@ struct DecodeParams {
   float scale_log2;  // scale * log2(e)
   bool causal;
 
-  // The position of row i, and the first of all rows.
+  // Where a row of the sequence stands.
   __device__ int position(int row) const {
     return causal ? geometry.seqlen_k - geometry.seqlen_q + row : geometry.seqlen_k - 1;
   }

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "cub/block/block_exchange.cuh"
-#include "cub/block/block_merge_sort.cuh"
 #include "cub/block/block_radix_sort.cuh"
 #include "cub/block/block_reduce.cuh"
 #include "cub/block/block_scan.cuh"
