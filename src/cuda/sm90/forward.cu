@@ -43,6 +43,8 @@ cudaError_t run(const ForwardArgs& args, const PlanView& plan, const ForwardBuff
       .tiles = RowTiles::make(geometry, args.causal, Config::kTileM),
       .packed = buffers.packed,
       .query = rows_tensor<const Element>(args.query),
+      .key = rows_tensor<const Element>(args.key),
+      .value = rows_tensor<const Element>(args.value),
       .out = rows_tensor<Element>(args.out),
       .lse = query_tensor<float>(args.lse),
       .first_head = 0,
@@ -57,12 +59,14 @@ cudaError_t run(const ForwardArgs& args, const PlanView& plan, const ForwardBuff
     params.first_head = head;
     params.num_heads = std::min(buffers.heads_per_wave, geometry.heads_kv - head);
     params.packed.padding = params.num_heads * params.packed.blocks_per_head * kUnitsPerBlock;
-    status = pack<Element, Config::kHeadDim>(args, params, stream);
-    if (status != cudaSuccess) return status;
+    if constexpr (!Config::kGather) {
+      status = pack<Element, Config::kHeadDim>(args, params, stream);
+      if (status != cudaSuccess) return status;
+    }
     const std::int64_t tiles =
         std::int64_t{params.num_heads} * params.tiles.head_chunks * params.tiles.num_tiles;
     status = launch(forward_kernel<Config>,
-                    {static_cast<unsigned>(std::min(tiles, multiprocessors)), Config::kThreads,
+                    {static_cast<unsigned>(std::min(tiles, multiprocessors * Config::kCtasPerSm)), Config::kThreads,
                      sizeof(typename Config::SharedMemory), stream},
                     params);
   }
@@ -82,9 +86,9 @@ constexpr Instance instance(DType dtype) {
 }
 
 template <typename Element>
-using Config64 = ForwardConfig<Element, 64, 2, 11, 3, 40, 232>;
+using Config64 = ForwardConfig<Element, Feed::kPacked, 64, 3, 8, 3, 32, 160>;
 template <typename Element>
-using Config128 = ForwardConfig<Element, 128, 3, 5, 3, 32, 160>;
+using Config128 = ForwardConfig<Element, Feed::kPacked, 128, 3, 5, 3, 32, 160>;
 
 constexpr std::array kInstances = {
     instance<Config64<BFloat16>>(DType::kBFloat16),

@@ -13,8 +13,8 @@ struct ForwardParams {
   Geometry geometry;
   PlanView plan;
   RowTiles tiles;
-  PackedKeys packed;
-  RowsTensor<const Element> query;
+  PackedKeys packed;  // if fed with them
+  RowsTensor<const Element> query, key, value;
   RowsTensor<Element> out;
   VectorTensor<float> lse;  // optional
   int first_head;           // kv heads first_head .. first_head + num_heads - 1
