@@ -19,12 +19,15 @@ void print_place(unsigned thread) {
 }
 
 void print_wait(const Wait& wait) {
-  std::fprintf(stderr, "%s at %s:%u, in %s\n", wait.what, wait.site.file_name(), wait.site.line(),
+  std::fprintf(stderr, "%s at %s:%u, in %s", wait.what, wait.site.file_name(), wait.site.line(),
                wait.site.function_name());
+  if (wait.of != nullptr) std::fprintf(stderr, ", for %s %u", wait.of, wait.number);
+  std::fputc('\n', stderr);
 }
 
 // Null: the thread runs, or has ended.
 const Wait* wait_of(unsigned thread) {
+  if (machine.threads[thread].waits) return &machine.threads[thread].wait;
   const unsigned bit = 1u << thread % kWarpSize;
   for (const Meeting& meeting : machine.warps[thread / kWarpSize].meetings) {
     if ((meeting.arrived & bit) != 0) return &meeting.wait;
@@ -58,6 +61,7 @@ bool at_same_place(unsigned a, unsigned b) {
       std::fprintf(stderr, machine.threads[first].ended ? "ended\n" : "running\n");
     }
   }
+  print_barriers();
   std::abort();
 }
 
@@ -65,8 +69,8 @@ bool at_same_place(unsigned a, unsigned b) {
 
 bool same(const Wait& a, const Wait& b) {
   const char* const files[] = {a.site.file_name(), b.site.file_name()};
-  return a.site.line() == b.site.line() && a.site.column() == b.site.column() &&
-         (files[0] == files[1] || std::strcmp(files[0], files[1]) == 0);
+  return a.site.line() == b.site.line() && a.site.column() == b.site.column() && a.of == b.of &&
+         a.number == b.number && (files[0] == files[1] || std::strcmp(files[0], files[1]) == 0);
 }
 
 void stop_at_other_place(const char* who, const Wait& wait) {
