@@ -2,7 +2,6 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <vector>
 
 #include "emulator/intrinsics.h"
@@ -66,12 +65,6 @@ bool at_same_place(unsigned a, unsigned b) {
 }
 
 }  // namespace
-
-bool same(const Wait& a, const Wait& b) {
-  const char* const files[] = {a.site.file_name(), b.site.file_name()};
-  return a.site.line() == b.site.line() && a.site.column() == b.site.column() && a.of == b.of &&
-         a.number == b.number && (files[0] == files[1] || std::strcmp(files[0], files[1]) == 0);
-}
 
 void stop_at_other_place(const char* who, const Wait& wait) {
   std::fprintf(

@@ -87,10 +87,8 @@ struct Warpgroup {
   unsigned waiting = 0;  // threads
 };
 
-Warpgroup& warpgroup_of(unsigned thread) {
-  static Warpgroup* const warpgroups = new Warpgroup[kMaxWarpgroups];
-  return warpgroups[thread / kWarpgroupSize];
-}
+Warpgroup* const warpgroups = new Warpgroup[kMaxWarpgroups];
+Warpgroup& warpgroup_of(unsigned thread) { return warpgroups[thread / kWarpgroupSize]; }
 Pool<BegunProduct>& products = *new Pool<BegunProduct>;
 Pool<Accumulators>& accumulators = *new Pool<Accumulators>;
 

@@ -19,8 +19,10 @@ using namespace flash_dmattn::cuda;
 using Products = Emulator;
 using ProductsDeathTest = EmulatorDeathTest;
 
-// Where column c of row r lies in a tile of rows of 64 16-bit elements.
-int place(int r, int c) { return r * 64 + (c / 8 ^ r % 8) * 8 + c % 8; }
+// Where column c of row r lies in a tile whose atoms, of 8 rows of 64 16-bit elements, alternate with those
+// of another tile.
+constexpr int kAtomBytes = 2048;
+int place(int r, int c) { return r / 8 * (kAtomBytes / 2) + r % 8 * 64 + (c / 8 ^ r % 8) * 8 + c % 8; }
 
 // Calls visit(row, column, index) for the accumulators of this thread.
 template <int kN, typename Visit>
@@ -30,11 +32,11 @@ void for_accumulators(Visit&& visit) {
   for (int i = 0; i < kN / 2; ++i) visit(row + i / 2 % 2 * 8, i / 4 * 8 + lane % 4 * 2 + i % 2, i);
 }
 
-// d [64][kN] (+)= a [64][64] * b [kN][64] transposed, both copied into swizzled tiles by ordinary stores.
+// d [64][kN] (+)= a [64][64] * b [kN][64] transposed, both copied into alternating tiles by ordinary stores.
 template <typename Element, int kN>
 __global__ void multiply_k_major(const Element* a, const Element* b, bool accumulate, float* d) {
   auto* tile_a = reinterpret_cast<Element*>(dynamic_shared_memory());
-  Element* tile_b = tile_a + 64 * 64;
+  Element* tile_b = tile_a + 8 * 64;
   for (int i = static_cast<int>(threadIdx.x); i < 64 * 64; i += 128) tile_a[place(i / 64, i % 64)] = a[i];
   for (int i = static_cast<int>(threadIdx.x); i < kN * 64; i += 128) tile_b[place(i / 64, i % 64)] = b[i];
   float sum[kN / 2];
@@ -43,20 +45,20 @@ __global__ void multiply_k_major(const Element* a, const Element* b, bool accumu
   __syncthreads();
   wgmma_fence();
   for (int k = 0; k < 64; k += 16) {
-    wgmma<Element, kN>(sum, operand(shared_address(tile_a)) + k * 2 / 16,
-                       operand(shared_address(tile_b)) + k * 2 / 16, accumulate || k > 0);
+    wgmma<Element, kN>(sum, operand(shared_address(tile_a), kAtomBytes) + k * 2,
+                       operand(shared_address(tile_b), kAtomBytes) + k * 2, accumulate || k > 0);
   }
   wgmma_commit();
   wgmma_wait<0>();
   for_accumulators<kN>([&](int m, int n, int i) { d[m * kN + n] = sum[i]; });
 }
 
-// d [64][kN] (+)= a [64][64] * b [64][kN]: a in registers, b in tiles of 64 columns.
+// d [64][kN] (+)= a [64][64] * b [64][kN]: a in registers, b in alternating tiles of 64 columns.
 template <typename Element, int kN>
 __global__ void multiply_mn_major(const Element* a, const Element* b, bool accumulate, float* d) {
   auto* tile_b = reinterpret_cast<Element*>(dynamic_shared_memory());
   for (int i = static_cast<int>(threadIdx.x); i < 64 * kN; i += 128) {
-    tile_b[i % kN / 64 * (64 * 64) + place(i / kN, i % kN % 64)] = b[i];
+    tile_b[i % kN / 64 * (8 * 64) + place(i / kN, i % kN % 64)] = b[i];
   }
   float sum[kN / 2];
   for_accumulators<kN>([&](int m, int n, int i) { sum[i] = d[m * kN + n]; });
@@ -73,7 +75,8 @@ __global__ void multiply_mn_major(const Element* a, const Element* b, bool accum
   __syncthreads();
   wgmma_fence();
   for (int k = 0; k < 4; ++k) {
-    wgmma<Element, kN>(sum, fragments[k], operand(shared_address(tile_b), 64 * 128) + k * 2048 / 16,
+    wgmma<Element, kN>(sum, fragments[k],
+                       operand(shared_address(tile_b), kAtomBytes, 1024) + k * 2 * kAtomBytes,
                        accumulate || k > 0);
   }
   wgmma_commit();
@@ -98,8 +101,8 @@ void check_product() {
   const std::vector<Element> b = random_elements<Element>(64 * kN, 2);
   for (const bool accumulate : {false, true}) {
     std::vector<float> d(64 * kN, 3.0f);
-    run(kKMajor ? multiply_k_major<Element, kN> : multiply_mn_major<Element, kN>, 1, 128, 2 * 64 * (64 + kN),
-        a.data(), b.data(), accumulate, d.data());
+    run(kKMajor ? multiply_k_major<Element, kN> : multiply_mn_major<Element, kN>, 1, 128,
+        2 * std::max(64, kN) * kAtomBytes / 8, a.data(), b.data(), accumulate, d.data());
     for (int m = 0; m < 64; ++m) {
       for (int n = 0; n < kN; ++n) {
         double sum = accumulate ? 3 : 0;
@@ -155,9 +158,9 @@ __global__ void add_ones(const BFloat16* ones, float* first, float* last) {
   float sum[34] = {};
   if (kMistake != Mistake::kNoFence) wgmma_fence();
   if (kMistake != Mistake::kWarpAbsent || thread < 96) {
-    Operand b = operand(shared_address(tile));
-    if (kMistake == Mistake::kOperandsDiffer && thread == 77) ++b;
-    if (kMistake == Mistake::kMisaligned) ++b;
+    Operand b = operand(shared_address(tile), 1024);
+    if (kMistake == Mistake::kOperandsDiffer && thread == 77) b = b + 16;
+    if (kMistake == Mistake::kMisaligned) b = b + 16;
     wgmma<BFloat16, 64>(reinterpret_cast<float(&)[32]>(sum), fragment, b, false);
     if (kMistake == Mistake::kSumsOverlap) {
       wgmma<BFloat16, 64>(reinterpret_cast<float(&)[32]>(sum[2]), fragment, b, false);
@@ -202,7 +205,7 @@ TEST_F(ProductsDeathTest, Mistakes) {
   EXPECT_DEATH(check_ones<Mistake::kSumsOverlap>(16),
                "some of its accumulators are those of another product");
   EXPECT_DEATH(check_ones<Mistake::kMisaligned>(16),
-               "MN-major tile at shared address 16, .*multiples of 1024");
+               "of an MN-major tile the shared address 16 and .* must be multiples of 1024");
   setenv("FLASH_DMATTN_EMULATOR_CAPABILITY", "80", 1);
   EXPECT_DEATH(check_ones<Mistake::kNone>(16),
                "wgmma at .* needs compute capability 9.0, the device has 8.0");
@@ -219,8 +222,8 @@ __global__ void wait_for_the_first(const BFloat16* ones, float* to) {
   float sums[2][32] = {};
   wgmma_fence();
   for (auto& sum : sums) {
-    wgmma<BFloat16, 64>(sum, fragment, operand(shared_address(tile)), true);
-    wgmma<BFloat16, 64>(sum, fragment, operand(shared_address(tile)), true);
+    wgmma<BFloat16, 64>(sum, fragment, operand(shared_address(tile), 1024), true);
+    wgmma<BFloat16, 64>(sum, fragment, operand(shared_address(tile), 1024), true);
     wgmma_commit();
   }
   wgmma_wait<1>();
@@ -228,7 +231,7 @@ __global__ void wait_for_the_first(const BFloat16* ones, float* to) {
   to[threadIdx.x * 4 + 1] = sums[1][5];
   sums[0][5] = 1;
   wgmma_fence();
-  wgmma<BFloat16, 64>(sums[0], fragment, operand(shared_address(tile)), true);
+  wgmma<BFloat16, 64>(sums[0], fragment, operand(shared_address(tile), 1024), true);
   wgmma_commit();
   wgmma_wait<0>();
   to[threadIdx.x * 4 + 2] = sums[0][5];
