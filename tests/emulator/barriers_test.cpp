@@ -99,10 +99,12 @@ TEST_F(Barriers, Ring) {
 }
 
 TEST_F(BarriersDeathTest, RingWithMistakes) {
-  EXPECT_DEATH(sums<Mistake::kNoWaitForFull>(1), "nobody has waited for the bulk_copy at .*, by thread 0");
+  EXPECT_DEATH(sums<Mistake::kNoWaitForFull>(1),
+               "bulk_copy at .*nobody has waited for this copy of thread 0");
   EXPECT_DEATH(sums<Mistake::kNoWaitForEmpty>(4), "barrier_arrive_expect at .* has its 1 arrivals already");
-  EXPECT_DEATH(sums<Mistake::kTooManyArrivals>(1),
-               "barrier_arrive at .*, by thread 0: phase 0 of the barrier .* has its 1 arrivals already");
+  EXPECT_DEATH(
+      sums<Mistake::kTooManyArrivals>(1),
+      "barrier_arrive at .*: thread 0 arrives when phase 0 of the barrier .* has its 1 arrivals already");
   EXPECT_DEATH(
       sums<Mistake::kWrongParity>(1),
       "deadlock(.|\n)*32 threads, the first of them 0: ended(.|\n)*64 threads, the first of them 32: "
@@ -219,10 +221,10 @@ TEST_F(BarriersDeathTest, Misuse) {
   EXPECT_DEATH(copied<Misuse::kMisaligned>(), "bulk_copy at .* must be multiples of 16");
   EXPECT_DEATH(copied<Misuse::kBeyond>(), "shared address 96 is beyond the CTA's 136 bytes");
   EXPECT_DEATH(copied<Misuse::kWritten>(),
-               "destination of the bulk_copy at .* was written before the copy was");
-  EXPECT_DEATH(copied<Misuse::kNoWait>(), "nobody has waited for the bulk_copy at .*barriers_test.cpp");
+               "bulk_copy at .*: the destination, .* was written before the copy was done");
+  EXPECT_DEATH(copied<Misuse::kNoWait>(), "bulk_copy at .*: the CTA has ended, and nobody has waited");
   setenv("FLASH_DMATTN_EMULATOR_CAPABILITY", "86", 1);
-  EXPECT_DEATH(copied<Misuse::kNone>(), "bulk_copy at .* needs compute capability 9.0, the device has 8.6");
+  EXPECT_DEATH(copied<Misuse::kNone>(), "bulk_copy at .*: needs compute capability 9.0, the device has 8.6");
 }
 
 // Two groups of warps take turns: each waits for its own barrier and comes to the other's.

@@ -78,15 +78,29 @@ void stop_in_deadlock() {
   stop_with_places(threadIdx.x);
 }
 
+namespace {
+
+[[noreturn]] void stop(const char* format, va_list arguments) {
+  std::vfprintf(stderr, format, arguments);
+  std::fputc('\n', stderr);
+  print_place(threadIdx.x);
+  std::abort();
+}
+
+}  // namespace
+
 void fail(const char* format, ...) {
   std::fputs("emulator: ", stderr);
   va_list arguments;
   va_start(arguments, format);
-  std::vfprintf(stderr, format, arguments);
-  va_end(arguments);
-  std::fputc('\n', stderr);
-  print_place(threadIdx.x);
-  std::abort();
+  stop(format, arguments);
+}
+
+void fail_at(const Wait& at, const char* format, ...) {
+  std::fprintf(stderr, "emulator: %s at %s:%u: ", at.what, at.site.file_name(), at.site.line());
+  va_list arguments;
+  va_start(arguments, format);
+  stop(format, arguments);
 }
 
 }  // namespace emulator

@@ -194,21 +194,22 @@ TEST_F(ProductsDeathTest, Mistakes) {
   EXPECT_DEATH(check_ones<Mistake::kNoFence>(16), "wgmma at .*: no wgmma_fence since the last wgmma_wait");
   EXPECT_DEATH(check_ones<Mistake::kNoProxyFence>(16),
                "which thread [0-9]+ wrote by cp_async, without fence_async_proxy between");
-  EXPECT_DEATH(check_ones<Mistake::kTileWritten>(16), "b of wgmma at .* changed before the wait for it");
+  EXPECT_DEATH(check_ones<Mistake::kTileWritten>(16), "wgmma at .*: b changed before the wait for it");
   EXPECT_DEATH(check_ones<Mistake::kSumWritten>(16),
-               "accumulator 7 of thread 0 .* was written between wgmma at");
-  EXPECT_DEATH(check_ones<Mistake::kFragmentWritten>(16), "a of wgmma at .* changed before the wait for it");
-  EXPECT_DEATH(check_ones<Mistake::kOperandsDiffer>(16),
-               "different instructions, or with different operands: wgmma at .*, others wgmma at");
+               "wgmma at .*: accumulator 7 of thread 0 .* was written before the wait for it");
+  EXPECT_DEATH(check_ones<Mistake::kFragmentWritten>(16), "wgmma at .*: a changed before the wait for it");
+  EXPECT_DEATH(
+      check_ones<Mistake::kOperandsDiffer>(16),
+      "wgmma at .*: other threads of the warpgroup execute wgmma at .*, or this with other operands");
   EXPECT_DEATH(check_ones<Mistake::kWarpAbsent>(16),
-               "different instructions, .*: wgmma at .*, others wgmma_commit at");
+               "wgmma at .*: other threads of the warpgroup execute wgmma_commit at");
   EXPECT_DEATH(check_ones<Mistake::kSumsOverlap>(16),
                "some of its accumulators are those of another product");
   EXPECT_DEATH(check_ones<Mistake::kMisaligned>(16),
                "of an MN-major tile the shared address 16 and .* must be multiples of 1024");
   setenv("FLASH_DMATTN_EMULATOR_CAPABILITY", "80", 1);
   EXPECT_DEATH(check_ones<Mistake::kNone>(16),
-               "wgmma at .* needs compute capability 9.0, the device has 8.0");
+               "wgmma at .*: needs compute capability 9.0, the device has 8.0");
 }
 
 // Of two groups, one may be unfinished.
