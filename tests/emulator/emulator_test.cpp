@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
-#include <functional>
 #include <limits>
 #include <numeric>
 #include <random>
@@ -16,40 +15,14 @@
 #include "cub/cub.cuh"
 #include "cuda/common/launch.h"
 #include "cuda/common/ptx.cuh"
+#include "emulator_fixture.h"
 
 namespace {
 
+using namespace emulator_test;
 using flash_dmattn::cuda::BFloat16;
 using flash_dmattn::cuda::Float16;
 using flash_dmattn::cuda::LaunchConfig;
-
-void set_seed(int seed) { setenv("FLASH_DMATTN_EMULATOR_SEED", std::to_string(seed).c_str(), 1); }
-
-class Emulator : public ::testing::Test {
- protected:
-  void TearDown() override {
-    set_seed(0);
-    unsetenv("FLASH_DMATTN_EMULATOR_SHARED_BYTES");
-  }
-};
-using EmulatorDeathTest = Emulator;
-
-// In the fixed order and in random ones.
-void in_every_order(const std::function<void()>& body) {
-  for (int seed = 0; seed < 20; ++seed) {
-    SCOPED_TRACE("seed " + std::to_string(seed));
-    set_seed(seed);
-    body();
-  }
-}
-
-template <typename... Params, typename... Args>
-void run(void (*kernel)(Params...), unsigned grid, unsigned threads, std::size_t shared_bytes,
-         Args&&... args) {
-  const cudaError_t status = flash_dmattn::cuda::launch(
-      kernel, LaunchConfig{grid, threads, shared_bytes, nullptr}, std::forward<Args>(args)...);
-  ASSERT_EQ(status, cudaSuccess) << cudaGetErrorString(status);
-}
 
 constexpr unsigned kAll = 0xffffffffu;
 
@@ -327,6 +300,19 @@ TEST_F(Emulator, LaunchesThatADeviceRefuses) {
   EXPECT_EQ(status(32, 101377), cudaErrorInvalidValue);
   EXPECT_EQ(cudaGetLastError(), cudaErrorInvalidValue);
   EXPECT_EQ(cudaGetLastError(), cudaSuccess);
+}
+
+TEST_F(Emulator, ComputeCapability) {
+  const auto capability = [] {
+    int major = 0;
+    int minor = 0;
+    EXPECT_EQ(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), cudaSuccess);
+    EXPECT_EQ(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), cudaSuccess);
+    return 10 * major + minor;
+  };
+  EXPECT_EQ(capability(), 90);
+  setenv("FLASH_DMATTN_EMULATOR_CAPABILITY", "86", 1);
+  EXPECT_EQ(capability(), 86);
 }
 
 __global__ void barrier_of_some() {

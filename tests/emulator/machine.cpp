@@ -32,7 +32,11 @@ unsigned pick_bit(unsigned bits) {
 
 // A thread that can run: of the current warp if it has one, else of the next.
 unsigned pick_thread() {
-  if (machine.ready_warps == 0) stop_in_deadlock();
+  if (machine.random != 0 && has_pending_copies() && machine.next_random() % 8 == 0) finish_pending_copy();
+  while (machine.ready_warps == 0) {
+    if (!has_pending_copies()) stop_in_deadlock();
+    finish_pending_copy();
+  }
   unsigned warp = threadIdx.x / kWarpSize;
   if (machine.random != 0) {
     warp = pick_bit(machine.ready_warps);
@@ -74,6 +78,8 @@ __attribute__((no_sanitize("address"))) void thread_main() {
   self.ended = true;
   clear_ready(threadIdx.x);
   if (--machine.running == 0) {
+    check_barriers();
+    check_warpgroups();
     switch_fiber(self.fiber, machine.host, true);
   } else {
     go_to(pick_thread(), self.fiber, true);
@@ -88,11 +94,18 @@ void run_cta(unsigned cta) {
   machine.block_arrived = 0;
   machine.ready_warps = 0;
   machine.storages.clear();
+  machine.copied.assign(machine.launch.shared_bytes / 16 + 1, {});
+  machine.clock = 0;
+  reset_barriers();
+  reset_warpgroups();
   for (unsigned t = 0; t < num_threads; ++t) {
     Thread& thread = machine.threads[t];
     thread.ended = false;
+    thread.waits = false;
     thread.copies.clear();
+    thread.copies_done = 0;
     thread.group_ends.clear();
+    thread.fence_time = 0;
     // Equal variables of different threads lie in different sets of the cache.
     const Stack stack = stack_of(t);
     prepare(thread.fiber, stack.begin, stack.begin + stack.bytes - t % 64 * 320, thread_main);
@@ -120,6 +133,7 @@ std::size_t environment(const char* name, std::size_t otherwise) {
 void run(const Launch& launch) {
   const std::lock_guard lock(machine.mutex);
   map_memory();
+  machine.compute_capability = compute_capability();
   machine.launch = launch;
   machine.random = environment("FLASH_DMATTN_EMULATOR_SEED", 0) * 0x9e3779b97f4a7c15ull;
   gridDim = dim3(launch.grid);
@@ -134,6 +148,28 @@ void run(const Launch& launch) {
     std::swap(order[left - 1], order[machine.next_random() % left]);
   }
   for (const unsigned cta : order) run_cta(cta);
+}
+
+int compute_capability() { return static_cast<int>(environment("FLASH_DMATTN_EMULATOR_CAPABILITY", 90)); }
+
+void require_capability(int capability, const Wait& at) {
+  if (machine.compute_capability >= capability) return;
+  const int device = machine.compute_capability;
+  fail_at(at, "needs compute capability %d.%d, the device has %d.%d", capability / 10, capability % 10,
+          device / 10, device % 10);
+}
+
+void wait_here(const Wait& wait) {
+  Thread& self = machine.threads[threadIdx.x];
+  self.wait = wait;
+  self.waits = true;
+  clear_ready(threadIdx.x);
+  yield();
+}
+
+void wake(unsigned thread) {
+  machine.threads[thread].waits = false;
+  set_ready(thread / kWarpSize, 1u << thread % kWarpSize);
 }
 
 void maybe_yield() {

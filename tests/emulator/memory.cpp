@@ -162,9 +162,10 @@ void leave_storage(void* storage, std::size_t bytes) {
 
 namespace {
 
-void finish(const Copy& copy) {
+void finish(const Copy& copy, unsigned thread) {
   std::memcpy(copy.to, copy.from, copy.valid);
   std::memset(copy.to + copy.valid, 0, copy.bytes - copy.valid);
+  machine.copied[static_cast<std::size_t>(copy.to - machine.shared) / 16] = {++machine.clock, thread};
 }
 
 }  // namespace
@@ -177,19 +178,29 @@ void begin_copy(void* to, const void* from, unsigned bytes, unsigned valid) {
 
 void commit_copies() {
   Thread& thread = machine.threads[threadIdx.x];
-  thread.group_ends.push_back(thread.copies.size());
+  thread.group_ends.push_back(thread.copies_done + thread.copies.size());
+}
+
+std::size_t copies_begun(unsigned thread) {
+  return machine.threads[thread].copies_done + machine.threads[thread].copies.size();
+}
+
+void finish_copies(unsigned thread, std::size_t end) {
+  Thread& its = machine.threads[thread];
+  if (end <= its.copies_done) return;
+  const std::size_t count = end - its.copies_done;
+  for (std::size_t i = 0; i < count; ++i) finish(its.copies[i], thread);
+  its.copies.erase(its.copies.begin(), its.copies.begin() + static_cast<std::ptrdiff_t>(count));
+  its.copies_done = end;
 }
 
 void wait_for_copies(unsigned pending_groups) {
   Thread& thread = machine.threads[threadIdx.x];
   if (thread.group_ends.size() <= pending_groups) return;
   const std::size_t groups = thread.group_ends.size() - pending_groups;
-  const std::size_t end = thread.group_ends[groups - 1];
-  for (std::size_t i = 0; i < end; ++i) finish(thread.copies[i]);
-  thread.copies.erase(thread.copies.begin(), thread.copies.begin() + static_cast<std::ptrdiff_t>(end));
+  finish_copies(threadIdx.x, thread.group_ends[groups - 1]);
   thread.group_ends.erase(thread.group_ends.begin(),
                           thread.group_ends.begin() + static_cast<std::ptrdiff_t>(groups));
-  for (std::size_t& group_end : thread.group_ends) group_end -= end;
 }
 
 }  // namespace emulator

@@ -2,7 +2,6 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <vector>
 
 #include "emulator/intrinsics.h"
@@ -19,12 +18,15 @@ void print_place(unsigned thread) {
 }
 
 void print_wait(const Wait& wait) {
-  std::fprintf(stderr, "%s at %s:%u, in %s\n", wait.what, wait.site.file_name(), wait.site.line(),
+  std::fprintf(stderr, "%s at %s:%u, in %s", wait.what, wait.site.file_name(), wait.site.line(),
                wait.site.function_name());
+  if (wait.of != nullptr) std::fprintf(stderr, ", for %s %u", wait.of, wait.number);
+  std::fputc('\n', stderr);
 }
 
 // Null: the thread runs, or has ended.
 const Wait* wait_of(unsigned thread) {
+  if (machine.threads[thread].waits) return &machine.threads[thread].wait;
   const unsigned bit = 1u << thread % kWarpSize;
   for (const Meeting& meeting : machine.warps[thread / kWarpSize].meetings) {
     if ((meeting.arrived & bit) != 0) return &meeting.wait;
@@ -58,16 +60,11 @@ bool at_same_place(unsigned a, unsigned b) {
       std::fprintf(stderr, machine.threads[first].ended ? "ended\n" : "running\n");
     }
   }
+  print_barriers();
   std::abort();
 }
 
 }  // namespace
-
-bool same(const Wait& a, const Wait& b) {
-  const char* const files[] = {a.site.file_name(), b.site.file_name()};
-  return a.site.line() == b.site.line() && a.site.column() == b.site.column() &&
-         (files[0] == files[1] || std::strcmp(files[0], files[1]) == 0);
-}
 
 void stop_at_other_place(const char* who, const Wait& wait) {
   std::fprintf(
@@ -81,15 +78,29 @@ void stop_in_deadlock() {
   stop_with_places(threadIdx.x);
 }
 
+namespace {
+
+[[noreturn]] void stop(const char* format, va_list arguments) {
+  std::vfprintf(stderr, format, arguments);
+  std::fputc('\n', stderr);
+  print_place(threadIdx.x);
+  std::abort();
+}
+
+}  // namespace
+
 void fail(const char* format, ...) {
   std::fputs("emulator: ", stderr);
   va_list arguments;
   va_start(arguments, format);
-  std::vfprintf(stderr, format, arguments);
-  va_end(arguments);
-  std::fputc('\n', stderr);
-  print_place(threadIdx.x);
-  std::abort();
+  stop(format, arguments);
+}
+
+void fail_at(const Wait& at, const char* format, ...) {
+  std::fprintf(stderr, "emulator: %s at %s:%u: ", at.what, at.site.file_name(), at.site.line());
+  va_list arguments;
+  va_start(arguments, format);
+  stop(format, arguments);
 }
 
 }  // namespace emulator

@@ -5,6 +5,7 @@
 // Environment variables, read at every launch:
 //   FLASH_DMATTN_EMULATOR_SEED           other than 0: threads and CTAs run in a random order
 //   FLASH_DMATTN_EMULATOR_SHARED_BYTES   the most dynamic shared memory a CTA may have; default 232448
+//   FLASH_DMATTN_EMULATOR_CAPABILITY     the device's compute capability, 10 * major + minor; default 90
 #pragma once
 
 #include <cstddef>
@@ -15,6 +16,14 @@
 namespace emulator {
 
 using Site = std::source_location;
+
+// An instruction that a thread executes or waits in, for messages.
+struct Wait {
+  const char* what = nullptr;
+  Site site;
+  const char* of = nullptr;  // what it waits for, with its number, if there are several
+  unsigned number = 0;
+};
 
 constexpr int kWarpSize = 32;
 constexpr int kMaxThreads = 1024;
@@ -34,9 +43,12 @@ struct Launch {
 void run(const Launch& launch);
 
 std::size_t shared_bytes_limit();
+int compute_capability();
 
 // Stops the program; the message goes on with the kernel, the CTA and the thread.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+// The message begins with the instruction.
+[[noreturn]] void fail_at(const Wait& at, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
 // Lets other threads run first, now and then, if the order is random.
 void maybe_yield();

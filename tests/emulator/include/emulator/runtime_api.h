@@ -1,5 +1,5 @@
-// The CUDA runtime's functions that the library calls, on one device: an A100 with the multiprocessors and
-// the shared memory of an H100. Everything is done when the call returns.
+// The CUDA runtime's functions that the library calls, on one device, an H100 unless the environment
+// says otherwise (machine.h). Everything is done when the call returns.
 #pragma once
 
 #include <cstddef>
