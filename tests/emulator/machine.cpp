@@ -71,6 +71,7 @@ __attribute__((no_sanitize("address"))) void thread_main() {
   begin_fiber(machine.left == &machine.host ? machine.left : nullptr);
   machine.launch.body(machine.launch.context);
   Thread& self = machine.threads[threadIdx.x];
+  if (machine.launch.early && !self.waited) fail("a thread of an early launch ends and has not waited");
   self.ended = true;
   clear_ready(threadIdx.x);
   if (--machine.running == 0) {
@@ -91,6 +92,7 @@ void run_cta(unsigned cta) {
   for (unsigned t = 0; t < num_threads; ++t) {
     Thread& thread = machine.threads[t];
     thread.ended = false;
+    thread.waited = false;
     thread.copies.clear();
     thread.group_ends.clear();
     // Equal variables of different threads lie in different sets of the cache.
@@ -135,6 +137,8 @@ void run(const Launch& launch) {
   }
   for (const unsigned cta : order) run_cta(cta);
 }
+
+void wait_for_previous_kernel() { machine.threads[threadIdx.x].waited = true; }
 
 void maybe_yield() {
   if (machine.random != 0 && machine.next_random() % 4 == 0) yield();

@@ -27,6 +27,7 @@ struct Copy {
 struct Thread {
   Fiber fiber;
   bool ended = false;
+  bool waited = false;                  // for the kernel before
   std::vector<Copy> copies;             // not yet done, oldest first
   std::vector<std::size_t> group_ends;  // in copies, of the groups committed
 };
