@@ -4,27 +4,11 @@
 // places before.
 #pragma once
 
+#include "cuda/selection/bin_sort.cuh"
 #include "cuda/selection/select_best.cuh"
 #include "cuda/selection/select_problem.cuh"
-#include "cuda/selection/sort_ranks.cuh"
 
 namespace flash_dmattn::cuda {
-
-// The sum over the threads before, and `all` that over all of the CTA. sums: 32 numbers, free behind a
-// barrier.
-__device__ inline int sum_before(int value, int* sums, int& all) {
-  int until = value;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int before = __shfl_up_sync(kFullWarp, until, step);
-    if (lane_index() >= step) until += before;
-  }
-  if (lane_index() == 31) sums[warp_index()] = until;
-  __syncthreads();
-  const int of_warp = lane_index() < static_cast<int>(blockDim.x) / 32 ? sums[lane_index()] : 0;
-  all = __reduce_add_sync(kFullWarp, of_warp);
-  return until - value + __reduce_add_sync(kFullWarp, lane_index() < warp_index() ? of_warp : 0);
-}
 
 // Lane l gets the masks of the lanes up to l together.
 __device__ inline unsigned union_until(unsigned mask) {
@@ -125,17 +109,14 @@ struct RankTimes {
 
 template <int kChunk>
 struct ChunkStorage {
-  static constexpr int kBins = 2 * kChunk;
-
   Rank ranks[2 * kChunk];
   union {
     RankTimes<kChunk> times;
-    alignas(8) int bins[kBins + 1];  // while ranks are sorted: candidates in each bin, then where it begins
+    typename BinSort<kChunk, 2>::Storage sort;  // before
   };
   unsigned short time_of_offset[kChunk];  // of the new key at this place of the chunk
   unsigned short offset_of_time[kChunk];
-  int sums[2][32];           // of warps
-  unsigned least, greatest;  // bits of the candidates
+  int sums[32];  // of warps
 };
 
 // Chunk boundaries and what is known at them.
@@ -147,80 +128,6 @@ struct ChunkState {
   int free_places = 0;  // of the window, at the chunk's start
   int num_old = 0;
 };
-
-// Sorts storage.ranks[0, candidates), best first, whatever they are.
-template <int kChunk>
-__device__ void sort_by_comparing(int candidates, ChunkStorage<kChunk>& storage) {
-  const int thread = static_cast<int>(threadIdx.x);
-  constexpr int kItems = kChunk == 32 ? 2 : 4;
-  int size = 32 * kItems;
-  while (size < candidates) size *= 2;
-  for (int i = candidates + thread; i < size; i += kChunk) storage.ranks[i] = 0;
-  __syncthreads();
-  const bool sorts = thread < size / kItems;
-  Rank* const own_ranks = storage.ranks + (sorts ? thread * kItems : 0);
-  Rank ranks[kItems];
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) ranks[i] = own_ranks[i];
-  __syncthreads();
-  sort_ranks(ranks, size, storage.ranks);
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    if (sorts) own_ranks[i] = ranks[i];
-  }
-  __syncthreads();
-}
-
-// Puts the ranks that the threads have, 0 for none, into storage.ranks, best first, and returns their number.
-// Their bits lie in [storage.least, storage.greatest], which bins of equal width divide; a rank finds its
-// place among those of its bin. If a bin holds many, comparing all is better. storage.bins are zeros, behind
-// a barrier.
-template <int kChunk>
-__device__ int sort_candidates(const Rank (&own)[2], ChunkStorage<kChunk>& storage) {
-  constexpr int kBins = ChunkStorage<kChunk>::kBins;
-  constexpr int kCrowded = 48;
-  const int shift = max(32 - __clz(static_cast<int>(storage.greatest - storage.least)) - __ffs(kBins) + 1, 0);
-  const auto bin_of = [&](Rank rank) {
-    return (storage.greatest - static_cast<unsigned>(rank >> 32)) >> shift;
-  };
-  int place[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) place[i] = own[i] == 0 ? 0 : atomicAdd(&storage.bins[bin_of(own[i])], 1);
-  __syncthreads();
-  int* const bins = storage.bins + 2 * threadIdx.x;
-  const int count = bins[0];
-  const int both = count + bins[1];
-  int all;
-  const int before = sum_before(both, storage.sums[0], all);
-  bins[0] = before;
-  bins[1] = before + count;
-  if (threadIdx.x == kChunk - 1) storage.bins[kBins] = all;
-  const bool crowded = __syncthreads_or(max(count, both - count) > kCrowded ? 1 : 0) != 0;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if (own[i] != 0) storage.ranks[storage.bins[bin_of(own[i])] + place[i]] = own[i];
-  }
-  __syncthreads();
-  if (crowded) {
-    sort_by_comparing(all, storage);
-    return all;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if (own[i] == 0) continue;
-    const unsigned bin = bin_of(own[i]);
-    const int end = storage.bins[bin + 1];
-    place[i] = storage.bins[bin];
-    for (int other = place[i]; other < end; ++other) place[i] += storage.ranks[other] > own[i] ? 1 : 0;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if (own[i] != 0) storage.ranks[place[i]] = own[i];
-  }
-  __syncthreads();
-  return all;
-}
 
 // Gathers the candidates, best first, and returns their number. rank: of the thread's new key.
 template <int kChunk>
@@ -236,29 +143,13 @@ __device__ int gather_candidates(const SelectProblem& problem, const Sequence& s
     if (is_old) own[1] = make_rank(problem.key_bits(sequence, head).bits(key), key);
     if (own[1] >> 32 == 0) own[1] = 0;
   }
-  storage.bins[2 * thread] = storage.bins[2 * thread + 1] = 0;
   int num_new;
-  const int time = sum_before(is_new ? 1 : 0, storage.sums[1], num_new);
-  unsigned least = ~0u;
-  unsigned greatest = 0;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const auto bits = static_cast<unsigned>(own[i] >> 32);
-    if (own[i] != 0) least = min(least, bits);
-    greatest = max(greatest, bits);
-  }
-  least = __reduce_min_sync(kFullWarp, least);
-  greatest = __reduce_max_sync(kFullWarp, greatest);
-  if (lane_index() == 0 && greatest != 0) {
-    atomicMin(&storage.least, least);
-    atomicMax(&storage.greatest, greatest);
-  }
+  const int time = sum_before(is_new ? 1 : 0, storage.sums, num_new);
   if (is_new) {
     storage.time_of_offset[thread] = static_cast<unsigned short>(time);
     storage.offset_of_time[time] = static_cast<unsigned short>(thread);
   }
-  __syncthreads();
-  return sort_candidates(own, storage);
+  return BinSort<kChunk, 2>(storage.sort, storage.ranks).sort(own);
 }
 
 // Expiry of the candidates that die in the chunk. A thread owns the sorted candidates 2 * thread and 2 *
@@ -275,7 +166,7 @@ __device__ void find_deaths(const ChunkState& state, const ExpiryWriter& writer,
     time[i] = offset < 0 ? -1 : storage.time_of_offset[offset];
   }
   int better_new[2], num_new;
-  better_new[0] = sum_before((time[0] >= 0 ? 1 : 0) + (time[1] >= 0 ? 1 : 0), storage.sums[0], num_new);
+  better_new[0] = sum_before((time[0] >= 0 ? 1 : 0) + (time[1] >= 0 ? 1 : 0), storage.sums, num_new);
   better_new[1] = better_new[0] + (time[0] >= 0 ? 1 : 0);
   for (int i = 0; i < 2; ++i) {
     if (time[i] < 0) continue;
@@ -333,10 +224,6 @@ __global__ void __launch_bounds__(kChunk, kChunk == kSelectThreads ? kSelectCtas
     if (whole && bits == 0) writer.disabled(key);
   }
   const Rank rank = bits == 0 ? 0 : make_rank(bits, key);
-  if (thread == 0) {
-    storage.least = ~0u;
-    storage.greatest = 0;
-  }
   if (__syncthreads_or(rank > state.threshold_before ? 1 : 0) == 0)
     return;  // nothing enters, so nothing dies
   const int candidates = gather_candidates(problem, sequence, head, chunk, state, rank, storage);
