@@ -24,16 +24,15 @@ struct Consumer {
   int first_m;   // of the thread's rows in the tile: first_m and first_m + 8
 
   float out[kHeadDim / 2];
-  float logits[kTileN / 2];  // then probabilities
+  float scores[kTileN / 2];  // S, logits / scale; then probabilities
   std::uint32_t probabilities[kTileN / 16][4];
-  float max[2];  // of a row's logits so far, times log2(e); -inf: no key was visible yet
+  float max[2];  // of a row's scores so far; -inf: no key was visible yet
   float sum[2];  // of this thread's columns
   float rescale[2];
   int position[2];
 
-  __device__ void wait_for_turn() { if (Config::kTurns) named_barrier_sync(kTurn + consumer, 2 * kWarpgroup); }
+  __device__ void wait_for_turn() { named_barrier_sync(kTurn + consumer, 2 * kWarpgroup); }
   __device__ void pass_turn() {
-    if (!Config::kTurns) return;
     named_barrier_arrive(kTurn + (consumer + 1) % Config::kConsumers, 2 * kWarpgroup);
   }
   // For a tile of K or V.
@@ -48,16 +47,15 @@ struct Consumer {
   }
 
   __device__ void start_rows(int query_index) {
-    const auto& tile = shared.tiles[query_index];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      position[i] = params.causal ? tile.begin + shared.places[first_m + 8 * i].row : tile.begin;
+      position[i] = shared.begins[query_index] + (params.causal ? shared.places[first_m + 8 * i].row : 0);
       max[i] = -INFINITY;
       sum[i] = 0;
     }
   }
 
-  // Queues S = Q K^T.
+  // Queues S += Q K^T.
   __device__ void multiply_keys(int query_index, int stage) {
     constexpr int kColumnBytes = Config::kTileM * 128;  // from 64 columns of Q to the next
     const Operand query =
@@ -67,8 +65,8 @@ struct Consumer {
     for (int k = 0; k < kHeadDim / 16; ++k) {
       const int half = k / 4;
       const int step = k % 4 * 32;
-      wgmma<Element, kTileN>(logits, query + (half * kColumnBytes + step), key + (half * kAtomBytes + step),
-                             k > 0);
+      wgmma<Element, kTileN>(scores, query + (half * kColumnBytes + step), key + (half * kAtomBytes + step),
+                             true);
     }
     wgmma_commit();
   }
@@ -84,21 +82,26 @@ struct Consumer {
     wgmma_commit();
   }
 
-  // From products to logits times log2(e); -inf where the row does not see the key.
-  __device__ void make_logits(const typename Config::StepKeys& keys, unsigned tests) {
+  // The keys' biases: what S starts from, divided by the factor that turns S into logits.
+  __device__ void start_scores(const typename Config::StepKeys& keys) {
     const int first = static_cast<int>(threadIdx.x % 4) * 4;  // UnitKeys::place of the thread's columns
 #pragma unroll
     for (int u = 0; u < Config::kUnits; ++u) {
       const float4 bias = *reinterpret_cast<const float4*>(&keys.units[u].bias[first]);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        logits[8 * u + 2 * i] = fmaf(logits[8 * u + 2 * i], params.scale_log2, bias.x);
-        logits[8 * u + 2 * i + 1] = fmaf(logits[8 * u + 2 * i + 1], params.scale_log2, bias.y);
-        logits[8 * u + 4 + 2 * i] = fmaf(logits[8 * u + 4 + 2 * i], params.scale_log2, bias.z);
-        logits[8 * u + 4 + 2 * i + 1] = fmaf(logits[8 * u + 4 + 2 * i + 1], params.scale_log2, bias.w);
+        scores[8 * u + 2 * i] = bias.x;
+        scores[8 * u + 2 * i + 1] = bias.y;
+        scores[8 * u + 4 + 2 * i] = bias.z;
+        scores[8 * u + 4 + 2 * i + 1] = bias.w;
       }
     }
+  }
+
+  // -inf where the row does not see the key. tests: the units with such keys.
+  __device__ void hide_keys(const typename Config::StepKeys& keys, unsigned tests) {
     if (tests == 0) return;
+    const int first = static_cast<int>(threadIdx.x % 4) * 4;
 #pragma unroll
     for (int u = 0; u < Config::kUnits; ++u) {
       if ((tests >> u & 1) == 0) continue;
@@ -107,35 +110,35 @@ struct Consumer {
         const PlanEntry entry = keys.units[u].entries[first + k];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          if (!visible(entry, position[i])) logits[8 * u + k / 2 * 4 + 2 * i + k % 2] = -INFINITY;
+          if (!visible(entry, position[i])) scores[8 * u + k / 2 * 4 + 2 * i + k % 2] = -INFINITY;
         }
       }
     }
   }
 
-  // logits become probabilities relative to the new maximum; `rescale` is what O has to be multiplied by.
+  // scores become probabilities relative to the new maximum; `rescale` is what O has to be multiplied by.
   __device__ void softmax() {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float row_max = max[i];
 #pragma unroll
       for (int n = 0; n < kTileN / 8; ++n) {
-        row_max = fmaxf(row_max, fmaxf(logits[4 * n + 2 * i], logits[4 * n + 2 * i + 1]));
+        row_max = fmaxf(row_max, fmaxf(scores[4 * n + 2 * i], scores[4 * n + 2 * i + 1]));
       }
       row_max = fmaxf(row_max, __shfl_xor_sync(0xffffffffu, row_max, 1));
       row_max = fmaxf(row_max, __shfl_xor_sync(0xffffffffu, row_max, 2));
       // While no key is visible 0 is subtracted, since (-inf) - (-inf) is NaN.
-      const float base = row_max == -INFINITY ? 0 : row_max;
-      rescale[i] = exp2_approx(max[i] - base);
+      const float base = row_max == -INFINITY ? 0 : row_max * params.scale_log2;
+      rescale[i] = exp2_approx(fmaf(max[i], params.scale_log2, -base));
       max[i] = row_max;
       float step_sum[2] = {0, 0};
 #pragma unroll
       for (int n = 0; n < kTileN / 8; ++n) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          float& logit = logits[4 * n + 2 * i + c];
-          logit = exp2_approx(logit - base);
-          step_sum[c] += logit;
+          float& score = scores[4 * n + 2 * i + c];
+          score = exp2_approx(fmaf(score, params.scale_log2, -base));
+          step_sum[c] += score;
         }
       }
       sum[i] = sum[i] * rescale[i] + (step_sum[0] + step_sum[1]);
@@ -148,7 +151,7 @@ struct Consumer {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const int first = 8 * k + 2 * r;
-        probabilities[k][r] = pack<Element>(logits[first], logits[first + 1]);
+        probabilities[k][r] = pack<Element>(scores[first], scores[first + 1]);
       }
     }
   }
@@ -189,7 +192,6 @@ __device__ __forceinline__ void transpose_quad(std::uint32_t (&words)[4]) {
 template <typename Config>
 __device__ __forceinline__ void Consumer<Config>::store(int query_index, const float (&row_max)[2],
                                                         const float (&row_sum)[2]) {
-  const RowTile& tile = shared.tiles[query_index].rows;
   const int quarter = static_cast<int>(threadIdx.x % 4);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -197,16 +199,11 @@ __device__ __forceinline__ void Consumer<Config>::store(int query_index, const f
     total += __shfl_xor_sync(0xffffffffu, total, 1);
     total += __shfl_xor_sync(0xffffffffu, total, 2);
     const float inverse = total == 0 ? 0 : 1 / total;  // a row that sees no key
-    const RowPlace row = shared.places[first_m + 8 * i];
-    const bool inside = row.row < tile.num_rows && row.head < tile.num_heads;
-    if (inside && quarter == 0 && params.lse.present()) {
-      float* lse = params.lse.head(params.geometry, tile.sequence.index, tile.sequence.begin_q,
-                                   tile.first_head + row.head);
-      lse[(tile.first_row + row.row) * params.lse.stride] =
-          total == 0 ? -INFINITY : (row_max[i] + log2f(total)) * kLn2;
+    const auto& to = shared.targets[query_index][first_m + 8 * i];
+    if (quarter == 0 && to.lse != nullptr) {
+      *to.lse = total == 0 ? -INFINITY : (row_max[i] * params.scale_log2 + log2f(total)) * kLn2;
     }
-    Element* to = tile_rows(params.out, params.geometry, tile) + row.row * params.out.row_stride +
-                  row.head * params.out.head_stride + quarter * 8;
+    Element* out_row = to.out;
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; n += 4) {
       std::uint32_t words[4];
@@ -215,8 +212,8 @@ __device__ __forceinline__ void Consumer<Config>::store(int query_index, const f
         words[k] = pack<Element>(out[4 * (n + k) + 2 * i] * inverse, out[4 * (n + k) + 2 * i + 1] * inverse);
       }
       transpose_quad(words);
-      if (inside && (n + quarter) * 8 < params.head_dim) {
-        *reinterpret_cast<uint4*>(to + n * 8) = make_uint4(words[0], words[1], words[2], words[3]);
+      if (out_row != nullptr && (n + quarter) * 8 < params.head_dim) {
+        *reinterpret_cast<uint4*>(out_row + (n + quarter) * 8) = make_uint4(words[0], words[1], words[2], words[3]);
       }
     }
   }
@@ -237,14 +234,15 @@ __device__ __forceinline__ void Consumer<Config>::run() {
   barrier_wait(shared_address(&shared.query_full[0]), 0);
   fence_async_proxy();
   start_rows(0);
+  start_scores(shared.slots[0]);
   wait_for_turn();
-  pin(logits);
+  pin(scores);
   wgmma_fence();
   multiply_keys(0, 0);
   pass_turn();
   wgmma_wait<0>();
-  pin(logits);
-  make_logits(shared.slots[0], step & kTests);
+  pin(scores);
+  hide_keys(shared.slots[0], step & kTests);
   release(shared.key_empty[0]);
   softmax();
   round_probabilities();
@@ -264,21 +262,21 @@ __device__ __forceinline__ void Consumer<Config>::run() {
       barrier_wait(shared_address(&shared.query_full[query.index]), query.parity);
       fence_async_proxy();
     }
+    start_scores(shared.slots[slot.index]);
     wait_for_turn();
-    pin(logits);
+    pin(scores);
     pin(out);
     wgmma_fence();
     multiply_keys(query.index, place.index);
-    if (Config::kTurns == 2) pass_turn();
     wait_for_tile(shared.value_full[done.index], done.parity);
     multiply_values(done.index, accumulate);
-    if (Config::kTurns == 1) pass_turn();
+    pass_turn();
     wgmma_wait<1>();
-    pin(logits);
+    pin(scores);
     const float done_max[2] = {max[0], max[1]};
     const float done_sum[2] = {sum[0], sum[1]};
     if (last) start_rows(query.index);
-    make_logits(shared.slots[slot.index], step & kTests);
+    hide_keys(shared.slots[slot.index], step & kTests);
     release(shared.key_empty[place.index]);
     softmax();
     wgmma_wait<0>();

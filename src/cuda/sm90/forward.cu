@@ -25,6 +25,7 @@ cudaError_t pack(const ForwardArgs& args, const ForwardParams<Element>& params, 
       .first_head = params.first_head,
       .num_heads = params.num_heads,
       .head_dim = params.head_dim,
+      .bias_scale = params.bias_scale,
       .causal = params.causal,
   };
   const std::int64_t units = std::int64_t{pack.packed.padding} + kPaddingUnits;
@@ -51,6 +52,7 @@ cudaError_t run(const ForwardArgs& args, const PlanView& plan, const ForwardBuff
       .num_heads = 0,
       .head_dim = static_cast<int>(args.query.shape[args.query.rank - 1]),
       .scale_log2 = static_cast<float>(args.scale * kLog2E),
+      .bias_scale = static_cast<float>(1 / (args.scale * kLog2E)),
       .causal = args.causal,
   };
   const std::int64_t multiprocessors = device_properties(device).multiprocessors;
@@ -66,7 +68,7 @@ cudaError_t run(const ForwardArgs& args, const PlanView& plan, const ForwardBuff
     const std::int64_t tiles =
         std::int64_t{params.num_heads} * params.tiles.head_chunks * params.tiles.num_tiles;
     status = launch(forward_kernel<Config>,
-                    {static_cast<unsigned>(std::min(tiles, multiprocessors * Config::kCtasPerSm)), Config::kThreads,
+                    {static_cast<unsigned>(std::min(tiles, multiprocessors)), Config::kThreads,
                      sizeof(typename Config::SharedMemory), stream},
                     params);
   }

@@ -20,9 +20,9 @@
 //   step_empty   they have been read                          planner, before it plans another
 //   key_full     K, entries, biases of the step are there     consumers
 //   value_full   V is there                                   consumers
-//   key_empty    all consumer warps have their logits         copier, before it copies K again
+//   key_empty    all consumer warps have their scores         copier, before it copies K again
 //   value_empty  all consumer warps have added P V            copier, before it copies V again
-//   query_full   Q and the description of the tile are there  consumers
+//   query_full   Q and the targets of its rows are there      consumers
 //   query_empty  all consumer warps have stored the tile      reader, before it copies Q again
 //
 // Consumers take turns (named barriers kTurn + consumer): a warpgroup queues its products and passes the turn
@@ -37,7 +37,7 @@
 namespace flash_dmattn::cuda::sm90 {
 
 template <typename Element_, Feed kFeed_, int kHeadDim_, int kConsumers_, int kUnits_, int kStages_,
-          int kProducerRegisters_, int kConsumerRegisters_, int kCtasPerSm_ = 1, int kTurns_ = 1>
+          int kProducerRegisters_, int kConsumerRegisters_>
 struct ForwardConfig {
   using Element = Element_;
   static constexpr Feed kFeed = kFeed_;
@@ -45,8 +45,7 @@ struct ForwardConfig {
   static constexpr int kHeadDim = kHeadDim_;  // 64 or 128
   static constexpr int kConsumers = kConsumers_;
   static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
-  static constexpr int kCtasPerSm = kCtasPerSm_;
-  static constexpr int kTurns = kTurns_;
+  static constexpr int kCtasPerSm = 1;
   static constexpr int kTileM = 64 * kConsumers;
   static constexpr int kUnits = kUnits_;  // of keys in a step
   static constexpr int kTileN = kUnit * kUnits;
@@ -77,10 +76,10 @@ struct ForwardConfig {
     unsigned flags;
     int count;  // without the padding; where keys are gathered
   };
-  // What the consumers need to know of a tile.
-  struct Tile {
-    RowTile rows;
-    int begin;  // position of its first row
+  // Where a row of a tile goes; null: nowhere.
+  struct RowTarget {
+    Element* out;
+    float* lse;
   };
 
   struct SharedMemory {
@@ -89,13 +88,30 @@ struct ForwardConfig {
     unsigned char value[kStages][kKeyBytes];
     StepKeys slots[kSlots];
     RowPlace places[kTileM];  // the same in every tile
-    Tile tiles[2];
+    RowTarget targets[2][kTileM];
+    int begins[2];  // position of the first row of a tile
     PlannedStep planned[kPlanned];
     std::uint64_t step_full[kPlanned], step_empty[kPlanned];
     std::uint64_t key_full[kStages], value_full[kStages], key_empty[kStages], value_empty[kStages];
     std::uint64_t query_full[2], query_empty[2];
   };
 };
+
+template <typename Config>
+__device__ __forceinline__ typename Config::RowTarget row_target(
+    const ForwardParams<typename Config::Element>& params, const RowTile& tile, const RowPlace& place) {
+  if (place.row >= tile.num_rows || place.head >= tile.num_heads) return {nullptr, nullptr};
+  typename Config::RowTarget target = {tile_rows(params.out, params.geometry, tile) +
+                                           place.row * params.out.row_stride +
+                                           place.head * params.out.head_stride,
+                                       nullptr};
+  if (params.lse.present()) {
+    target.lse = params.lse.head(params.geometry, tile.sequence.index, tile.sequence.begin_q,
+                                 tile.first_head + place.head) +
+                 (tile.first_row + place.row) * params.lse.stride;
+  }
+  return target;
+}
 
 template <typename Config>
 __device__ __forceinline__ void read_queries(const ForwardParams<typename Config::Element>& params,
@@ -111,12 +127,13 @@ __device__ __forceinline__ void read_queries(const ForwardParams<typename Config
     RowTile tile;
     if (!locate_tile(params, item, tile)) continue;
     barrier_wait(shared_address(&shared.query_empty[place.index]), place.parity ^ 1);
-    const SharedAddress full = shared_address(&shared.query_full[place.index]);
-    if (lane == 0) {
-      shared.tiles[place.index].rows = tile;
-      shared.tiles[place.index].begin = tile_begin(params, tile);
-      barrier_arrive(full);
+    for (int m = lane; m < Config::kTileM; m += 32) {
+      shared.targets[place.index][m] = row_target<Config>(params, tile, shared.places[m]);
     }
+    if (lane == 0) shared.begins[place.index] = tile_begin(params, tile);
+    __syncwarp();
+    const SharedAddress full = shared_address(&shared.query_full[place.index]);
+    if (lane == 0) barrier_arrive(full);
     const Element* first = tile_rows(params.query, params.geometry, tile) + (valid > 0 ? chunk * 8 : 0);
     const SharedAddress to = shared_address(shared.query[place.index]) + chunk / 8 * (Config::kTileM * 128);
 #pragma unroll 4
@@ -159,6 +176,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     shared.places[m] = {m / params.tiles.heads, m % params.tiles.heads};
   }
   __syncthreads();
+  wait_for_previous_kernel();
 
   const int warpgroup = uniform(static_cast<int>(threadIdx.x) / kWarpgroup);
   if (warpgroup == 0) {

@@ -95,7 +95,7 @@ struct KeyLister {
         exists[i] = in_block < keys.count;
         const int index = keys.first + (exists[i] ? in_block : 0);
         entries[i] = list.entries == nullptr ? PlanEntry{index, sequence.seqlen_k} : list.entries[index];
-        if (list.bias != nullptr) bias[i] = list.bias[index];
+        if (list.bias != nullptr) bias[i] = list.bias[index] * params.bias_scale;
       }
       add_block(entries, bias, exists, begin, end);
     }

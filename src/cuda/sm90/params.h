@@ -20,7 +20,8 @@ struct ForwardParams {
   int first_head;           // kv heads first_head .. first_head + num_heads - 1
   int num_heads;
   int head_dim;
-  float scale_log2;  // scale * log2(e)
+  float scale_log2;  // scale * log2(e), positive
+  float bias_scale;  // 1 / scale_log2: biases of the plan times this are what S starts from
   bool causal;
 };
 
