@@ -191,7 +191,10 @@ Status forward_sm90(const ForwardArgs& args, const Target& target, const Workspa
   const CallPlan plan = cut_call_plan(arena, args);
   const sm90::ForwardBuffers buffers = sm90::cut_forward(arena, args, plan.view);
   cudaError_t status = build_call_plan(plan, args, stream);
-  if (status == cudaSuccess) status = sm90::forward(args, plan.view, buffers, target.device_index, stream);
+  const bool plan_built = needs_plan(args) && !args.plan.present();
+  if (status == cudaSuccess) {
+    status = sm90::forward(args, plan.view, buffers, plan_built, target.device_index, stream);
+  }
   return device_status("forward", status);
 }
 #else

@@ -84,30 +84,24 @@ struct Consumer {
 
   // The keys' biases: what S starts from, divided by the factor that turns S into logits.
   __device__ void start_scores(const typename Config::StepKeys& keys) {
-    const int first = static_cast<int>(threadIdx.x % 4) * 4;  // UnitKeys::place of the thread's columns
 #pragma unroll
-    for (int u = 0; u < Config::kUnits; ++u) {
-      const float4 bias = *reinterpret_cast<const float4*>(&keys.units[u].bias[first]);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        scores[8 * u + 2 * i] = bias.x;
-        scores[8 * u + 2 * i + 1] = bias.y;
-        scores[8 * u + 4 + 2 * i] = bias.z;
-        scores[8 * u + 4 + 2 * i + 1] = bias.w;
-      }
+    for (int n = 0; n < kTileN / 8; ++n) {
+      const float4 bias = keys.units[n / 2].own_bias(n % 2);
+      scores[4 * n] = bias.x;
+      scores[4 * n + 1] = bias.y;
+      scores[4 * n + 2] = bias.z;
+      scores[4 * n + 3] = bias.w;
     }
   }
 
-  // -inf where the row does not see the key. tests: the units with such keys.
-  __device__ void hide_keys(const typename Config::StepKeys& keys, unsigned tests) {
-    if (tests == 0) return;
-    const int first = static_cast<int>(threadIdx.x % 4) * 4;
+  // -inf where the row does not see the key.
+  __device__ void hide_keys(const typename Config::StepKeys& keys) {
 #pragma unroll
     for (int u = 0; u < Config::kUnits; ++u) {
-      if ((tests >> u & 1) == 0) continue;
+      const PlanEntry* entries = keys.units[u].own_entries();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const PlanEntry entry = keys.units[u].entries[first + k];
+        const PlanEntry entry = entries[k];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           if (!visible(entry, position[i])) scores[8 * u + k / 2 * 4 + 2 * i + k % 2] = -INFINITY;
@@ -213,7 +207,8 @@ __device__ __forceinline__ void Consumer<Config>::store(int query_index, const f
       }
       transpose_quad(words);
       if (out_row != nullptr && (n + quarter) * 8 < params.head_dim) {
-        *reinterpret_cast<uint4*>(out_row + (n + quarter) * 8) = make_uint4(words[0], words[1], words[2], words[3]);
+        *reinterpret_cast<uint4*>(out_row + (n + quarter) * 8) =
+            make_uint4(words[0], words[1], words[2], words[3]);
       }
     }
   }
@@ -224,7 +219,6 @@ __device__ __forceinline__ void Consumer<Config>::run() {
   RingPlace<Config::kStages> place;  // of the step whose logits come next
   RingPlace<Config::kSlots> slot;    // of its entries
   RingPlace<2> query;                // of its tile
-  constexpr unsigned kTests = (1u << Config::kUnits) - 1;
   if (consumer == Config::kConsumers - 1) pass_turn();
 
   // The first step: no P V to go with it.
@@ -242,7 +236,7 @@ __device__ __forceinline__ void Consumer<Config>::run() {
   pass_turn();
   wgmma_wait<0>();
   pin(scores);
-  hide_keys(shared.slots[0], step & kTests);
+  if (step & Step::kTested) hide_keys(shared.slots[0]);
   release(shared.key_empty[0]);
   softmax();
   round_probabilities();
@@ -276,7 +270,7 @@ __device__ __forceinline__ void Consumer<Config>::run() {
     const float done_max[2] = {max[0], max[1]};
     const float done_sum[2] = {sum[0], sum[1]};
     if (last) start_rows(query.index);
-    hide_keys(shared.slots[slot.index], step & kTests);
+    if (step & Step::kTested) hide_keys(shared.slots[slot.index]);
     release(shared.key_empty[place.index]);
     softmax();
     wgmma_wait<0>();

@@ -11,11 +11,15 @@
 namespace flash_dmattn::cuda::sm90 {
 namespace {
 
+// Biases are divided by the scale.
+constexpr double kLeastScale = 1.0 / (std::int64_t{1} << 40);
+
 // So many bytes of packed keys at a time, but at least those of one kv head.
 constexpr std::size_t kPackedBytes = std::size_t{512} << 20;
 
 template <typename Element, int kHeadDim>
-cudaError_t pack(const ForwardArgs& args, const ForwardParams<Element>& params, cudaStream_t stream) {
+cudaError_t pack(const ForwardArgs& args, const ForwardParams<Element>& params, bool early,
+                 cudaStream_t stream) {
   const PackParams<Element> pack = {
       .geometry = params.geometry,
       .plan = params.plan,
@@ -30,12 +34,12 @@ cudaError_t pack(const ForwardArgs& args, const ForwardParams<Element>& params, 
   };
   const std::int64_t units = std::int64_t{pack.packed.padding} + kPaddingUnits;
   return launch(pack_kernel<Element, kHeadDim>,
-                {static_cast<unsigned>(ceil_div(units, kPackUnits)), kPackThreads, 0, stream}, pack);
+                {static_cast<unsigned>(ceil_div(units, kPackUnits)), kPackThreads, 0, stream, early}, pack);
 }
 
 template <typename Config>
-cudaError_t run(const ForwardArgs& args, const PlanView& plan, const ForwardBuffers& buffers, int device,
-                cudaStream_t stream) {
+cudaError_t run(const ForwardArgs& args, const PlanView& plan, const ForwardBuffers& buffers, bool early,
+                int device, cudaStream_t stream) {
   using Element = typename Config::Element;
   const Geometry geometry = make_geometry(args);
   ForwardParams<Element> params = {
@@ -62,15 +66,16 @@ cudaError_t run(const ForwardArgs& args, const PlanView& plan, const ForwardBuff
     params.num_heads = std::min(buffers.heads_per_wave, geometry.heads_kv - head);
     params.packed.padding = params.num_heads * params.packed.blocks_per_head * kUnitsPerBlock;
     if constexpr (!Config::kGather) {
-      status = pack<Element, Config::kHeadDim>(args, params, stream);
+      status = pack<Element, Config::kHeadDim>(args, params, early, stream);
       if (status != cudaSuccess) return status;
     }
     const std::int64_t tiles =
         std::int64_t{params.num_heads} * params.tiles.head_chunks * params.tiles.num_tiles;
     status = launch(forward_kernel<Config>,
                     {static_cast<unsigned>(std::min(tiles, multiprocessors)), Config::kThreads,
-                     sizeof(typename Config::SharedMemory), stream},
+                     sizeof(typename Config::SharedMemory), stream, !Config::kGather || early},
                     params);
+    early = true;
   }
   return status;
 }
@@ -79,7 +84,8 @@ struct Instance {
   DType dtype;
   int head_dim;  // the largest it takes
   std::size_t shared_bytes;
-  cudaError_t (*run)(const ForwardArgs&, const PlanView&, const ForwardBuffers&, int device, cudaStream_t);
+  cudaError_t (*run)(const ForwardArgs&, const PlanView&, const ForwardBuffers&, bool early, int device,
+                     cudaStream_t);
 };
 
 template <typename Config>
@@ -88,9 +94,9 @@ constexpr Instance instance(DType dtype) {
 }
 
 template <typename Element>
-using Config64 = ForwardConfig<Element, Feed::kPacked, 64, 3, 8, 3, 32, 160>;
+using Config64 = ForwardConfig<Element, Feed::kGather, 64, 3, 8, 3, 32, 160>;
 template <typename Element>
-using Config128 = ForwardConfig<Element, Feed::kPacked, 128, 3, 5, 3, 32, 160>;
+using Config128 = ForwardConfig<Element, Feed::kPacked, 128, 3, 5, 3, 56, 152>;
 
 constexpr std::array kInstances = {
     instance<Config64<BFloat16>>(DType::kBFloat16),
@@ -125,6 +131,9 @@ std::string forward_why_not(const ForwardArgs& args, int device) {
     return "takes head dims that are multiples of 8, up to " + std::to_string(kInstances.back().head_dim) +
            ", got " + std::to_string(head_dim);
   }
+  if (!(args.scale >= kLeastScale && args.scale <= 1 / kLeastScale)) {
+    return "takes scales from 2^-40 to 2^40, got " + std::to_string(args.scale);
+  }
   if (static_cast<std::size_t>(properties.max_shared_bytes) < find(args)->shared_bytes) {
     return "needs more shared memory than the " + std::to_string(properties.max_shared_bytes) +
            " bytes of this GPU";
@@ -148,9 +157,9 @@ ForwardBuffers cut_forward(Arena& arena, const ForwardArgs& args, const PlanView
   return buffers;
 }
 
-cudaError_t forward(const ForwardArgs& args, const PlanView& plan, const ForwardBuffers& buffers, int device,
-                    cudaStream_t stream) {
-  return find(args)->run(args, plan, buffers, device, stream);
+cudaError_t forward(const ForwardArgs& args, const PlanView& plan, const ForwardBuffers& buffers, bool early,
+                    int device, cudaStream_t stream) {
+  return find(args)->run(args, plan, buffers, early, device, stream);
 }
 
 }  // namespace flash_dmattn::cuda::sm90

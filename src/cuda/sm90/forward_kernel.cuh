@@ -30,11 +30,19 @@
 // step is queued before P V of the step before, also across tiles: the stream of steps never drains.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/sm90/consumer.cuh"
 #include "cuda/sm90/gather_feed.cuh"
 #include "cuda/sm90/packed_feed.cuh"
 
 namespace flash_dmattn::cuda::sm90 {
+
+// The row and the head of a row of a tile.
+struct ShortPlace {
+  std::int16_t row;
+  std::int16_t head;
+};
 
 template <typename Element_, Feed kFeed_, int kHeadDim_, int kConsumers_, int kUnits_, int kStages_,
           int kProducerRegisters_, int kConsumerRegisters_>
@@ -58,23 +66,26 @@ struct ForwardConfig {
   static constexpr int kUnitBytes = kUnit * kHeadDim * 2;
   static constexpr int kKeyBytes = kUnits * kUnitBytes;
 
-  static constexpr int kPlanned = 8;  // steps that may be planned
-
-  struct PlannedStep {
-    int units[kUnits];
-    unsigned flags;  // see Step
-  };
   // A warp copies so many rows at once, and a lane wants the keys of its rows side by side.
   static constexpr int kRowsPerPass = 32 / (kHeadDim / 8);
   __device__ static int row_place(int row) {
     return row % kRowsPerPass * (kUnit / kRowsPerPass) + row / kRowsPerPass;
   }
+  // The ring of the keys' entries; where keys are gathered it is also that of the steps planned.
   static constexpr int kSlots = kGather ? 2 * kStages : kStages;
-  struct __align__(16) StepKeys {
+  static constexpr int kPlanned = kGather ? kSlots : 4;
+  struct PlannedStep {
+    int units[kUnits];
+    unsigned flags;  // see Step
+  };
+  struct GatheredRows {
+    int rows[kUnits][kUnit];  // the keys again, see row_place
+    int count;                // without the padding
+  };
+  struct Nothing {};
+  struct __align__(16) StepKeys : std::conditional_t<kGather, GatheredRows, Nothing> {
     UnitKeys units[kUnits];
-    int rows[kGather ? kUnits : 1][kUnit];  // the keys again, see row_place
-    unsigned flags;
-    int count;  // without the padding; where keys are gathered
+    unsigned flags;  // see Step
   };
   // Where a row of a tile goes; null: nowhere.
   struct RowTarget {
@@ -87,10 +98,10 @@ struct ForwardConfig {
     unsigned char key[kStages][kKeyBytes];
     unsigned char value[kStages][kKeyBytes];
     StepKeys slots[kSlots];
-    RowPlace places[kTileM];  // the same in every tile
+    ShortPlace places[kTileM];  // the same in every tile
     RowTarget targets[2][kTileM];
     int begins[2];  // position of the first row of a tile
-    PlannedStep planned[kPlanned];
+    PlannedStep planned[kGather ? 1 : kPlanned];
     std::uint64_t step_full[kPlanned], step_empty[kPlanned];
     std::uint64_t key_full[kStages], value_full[kStages], key_empty[kStages], value_empty[kStages];
     std::uint64_t query_full[2], query_empty[2];
@@ -99,7 +110,7 @@ struct ForwardConfig {
 
 template <typename Config>
 __device__ __forceinline__ typename Config::RowTarget row_target(
-    const ForwardParams<typename Config::Element>& params, const RowTile& tile, const RowPlace& place) {
+    const ForwardParams<typename Config::Element>& params, const RowTile& tile, ShortPlace place) {
   if (place.row >= tile.num_rows || place.head >= tile.num_heads) return {nullptr, nullptr};
   typename Config::RowTarget target = {tile_rows(params.out, params.geometry, tile) +
                                            place.row * params.out.row_stride +
@@ -138,7 +149,7 @@ __device__ __forceinline__ void read_queries(const ForwardParams<typename Config
     const SharedAddress to = shared_address(shared.query[place.index]) + chunk / 8 * (Config::kTileM * 128);
 #pragma unroll 4
     for (int m = lane / kChunks; m < Config::kTileM; m += 32 / kChunks) {
-      const RowPlace row = shared.places[m];
+      const ShortPlace row = shared.places[m];
       const bool inside = row.row < tile.num_rows && row.head < tile.num_heads;
       const Element* from =
           inside ? first + row.row * params.query.row_stride + row.head * params.query.head_stride : first;
@@ -173,7 +184,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     fence_barrier_init();
   }
   for (int m = static_cast<int>(threadIdx.x); m < Config::kTileM; m += Config::kThreads) {
-    shared.places[m] = {m / params.tiles.heads, m % params.tiles.heads};
+    shared.places[m] = {static_cast<std::int16_t>(m / params.tiles.heads),
+                        static_cast<std::int16_t>(m % params.tiles.heads)};
   }
   __syncthreads();
   wait_for_previous_kernel();

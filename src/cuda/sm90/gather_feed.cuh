@@ -18,7 +18,8 @@ struct KeyLister {
   typename Config::SharedMemory& shared;
   RingPlace<Config::kSlots> place;  // of the step being filled
   int count = 0;                    // keys in it
-  unsigned tests = 0;               // of its units; those of the next step from bit kUnits on
+  bool tested = false;              // some row of the tile does not see some key of it
+  bool next_tested = false;         // the same of what lies beyond the step
 
   __device__ void wait_for_slot(const RingPlace<Config::kSlots>& slot) {
     barrier_wait(shared_address(&shared.step_empty[slot.index]), slot.parity ^ 1);
@@ -28,9 +29,7 @@ struct KeyLister {
     auto& step = shared.slots[at < kTileN ? place.index : next.index];
     if (at >= kTileN) at -= kTileN;
     step.rows[at / kUnit][Config::row_place(at % kUnit)] = entry.key;
-    UnitKeys& unit = step.units[at / kUnit];
-    unit.entries[UnitKeys::place(at % kUnit)] = entry;
-    unit.bias[UnitKeys::place(at % kUnit)] = bias;
+    step.units[at / kUnit].put(at % kUnit, entry, bias);
   }
 
   // Hands over the step; what lies beyond it moves to the front.
@@ -38,12 +37,13 @@ struct KeyLister {
     auto& step = shared.slots[place.index];
     if (threadIdx.x % 32 == 0) {
       step.count = min(count, kTileN);
-      step.flags = (tests & ((1u << Config::kUnits) - 1)) | flags;
+      step.flags = (tested ? Step::kTested : 0) | flags;
     }
     __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&shared.step_full[place.index]));
     place.advance();
-    tests >>= Config::kUnits;
+    tested = next_tested;
+    next_tested = false;
     count = max(count - kTileN, 0);
   }
 
@@ -64,15 +64,17 @@ struct KeyLister {
     if (count + found > kTileN) wait_for_slot(next);
     const unsigned before = (1u << threadIdx.x % 32) - 1;
     int at = count + __popc(votes[0] & before) + __popc(votes[1] & before);
-    unsigned tested = 0;
+    bool here = false;
+    bool beyond = false;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (!seen[i]) continue;
       put_key(next, at, entries[i], bias[i]);
-      if (entries[i].key > begin || entries[i].expiry < end) tested |= 1u << at / kUnit;
+      if (entries[i].key > begin || entries[i].expiry < end) (at < kTileN ? here : beyond) = true;
       ++at;
     }
-    tests |= __reduce_or_sync(0xffffffffu, tested);
+    tested = __any_sync(0xffffffffu, here) || tested;
+    next_tested = __any_sync(0xffffffffu, beyond);
     count += found;
     if (count > kTileN) end_step(0);
   }
@@ -103,8 +105,7 @@ struct KeyLister {
     for (int at = count + static_cast<int>(threadIdx.x % 32); at < kTileN; at += 32) {
       put_key(place, at, PlanEntry{0, 0}, 0);
     }
-    constexpr unsigned kAll = (1u << Config::kUnits) - 1;
-    tests |= kAll & ~((1u << count / kUnit) - 1);
+    tested = tested || count < kTileN;
     end_step(Step::kLast);
   }
 

@@ -22,7 +22,8 @@ struct ForwardBuffers {
 };
 
 ForwardBuffers cut_forward(Arena& arena, const ForwardArgs& args, const PlanView& plan);
-cudaError_t forward(const ForwardArgs& args, const PlanView& plan, const ForwardBuffers& buffers, int device,
-                    cudaStream_t stream);
+// early: the work before in the stream is a kernel of the same call (LaunchConfig::early).
+cudaError_t forward(const ForwardArgs& args, const PlanView& plan, const ForwardBuffers& buffers, bool early,
+                    int device, cudaStream_t stream);
 
 }  // namespace flash_dmattn::cuda::sm90
