@@ -85,19 +85,24 @@ struct Consumer {
   // The keys' biases: what S starts from, divided by the factor that turns S into logits.
   __device__ void start_scores(const typename Config::StepKeys& keys) {
 #pragma unroll
-    for (int n = 0; n < kTileN / 8; ++n) {
-      const float4 bias = keys.units[n / 2].own_bias(n % 2);
-      scores[4 * n] = bias.x;
-      scores[4 * n + 1] = bias.y;
-      scores[4 * n + 2] = bias.z;
-      scores[4 * n + 3] = bias.w;
+    for (int u = 0; u < Config::kUnits; ++u) {
+      const float4 bias = keys.units[u].own_bias();
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        scores[8 * u + 2 * i] = bias.x;
+        scores[8 * u + 2 * i + 1] = bias.y;
+        scores[8 * u + 4 + 2 * i] = bias.z;
+        scores[8 * u + 4 + 2 * i + 1] = bias.w;
+      }
     }
   }
 
-  // -inf where the row does not see the key.
-  __device__ void hide_keys(const typename Config::StepKeys& keys) {
+  // -inf where the row does not see the key. tests: the units with such keys.
+  __device__ void hide_keys(const typename Config::StepKeys& keys, unsigned tests) {
+    if (tests == 0) return;
 #pragma unroll
     for (int u = 0; u < Config::kUnits; ++u) {
+      if ((tests >> u & 1) == 0) continue;
       const PlanEntry* entries = keys.units[u].own_entries();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -219,6 +224,7 @@ __device__ __forceinline__ void Consumer<Config>::run() {
   RingPlace<Config::kStages> place;  // of the step whose logits come next
   RingPlace<Config::kSlots> slot;    // of its entries
   RingPlace<2> query;                // of its tile
+  constexpr unsigned kTests = (1u << Config::kUnits) - 1;
   if (consumer == Config::kConsumers - 1) pass_turn();
 
   // The first step: no P V to go with it.
@@ -236,7 +242,7 @@ __device__ __forceinline__ void Consumer<Config>::run() {
   pass_turn();
   wgmma_wait<0>();
   pin(scores);
-  if (step & Step::kTested) hide_keys(shared.slots[0]);
+  hide_keys(shared.slots[0], step & kTests);
   release(shared.key_empty[0]);
   softmax();
   round_probabilities();
@@ -270,7 +276,7 @@ __device__ __forceinline__ void Consumer<Config>::run() {
     const float done_max[2] = {max[0], max[1]};
     const float done_sum[2] = {sum[0], sum[1]};
     if (last) start_rows(query.index);
-    if (step & Step::kTested) hide_keys(shared.slots[slot.index]);
+    hide_keys(shared.slots[slot.index], step & kTests);
     release(shared.key_empty[place.index]);
     softmax();
     wgmma_wait<0>();

@@ -12,14 +12,15 @@ template <typename Config>
 struct KeyLister {
   using Element = typename Config::Element;
   static constexpr int kTileN = Config::kTileN;
+  static constexpr unsigned kAll = (1u << Config::kUnits) - 1;
+  static_assert(2 * Config::kUnits < 30);
   static_assert(kTileN >= kBlock);  // so that a block ends in this step or the next
 
   const ForwardParams<Element>& params;
   typename Config::SharedMemory& shared;
   RingPlace<Config::kSlots> place;  // of the step being filled
   int count = 0;                    // keys in it
-  bool tested = false;              // some row of the tile does not see some key of it
-  bool next_tested = false;         // the same of what lies beyond the step
+  unsigned tests = 0;               // of its units; those of the next step from bit kUnits on
 
   __device__ void wait_for_slot(const RingPlace<Config::kSlots>& slot) {
     barrier_wait(shared_address(&shared.step_empty[slot.index]), slot.parity ^ 1);
@@ -37,13 +38,12 @@ struct KeyLister {
     auto& step = shared.slots[place.index];
     if (threadIdx.x % 32 == 0) {
       step.count = min(count, kTileN);
-      step.flags = (tested ? Step::kTested : 0) | flags;
+      step.flags = (tests & kAll) | flags;
     }
     __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&shared.step_full[place.index]));
     place.advance();
-    tested = next_tested;
-    next_tested = false;
+    tests >>= Config::kUnits;
     count = max(count - kTileN, 0);
   }
 
@@ -64,17 +64,15 @@ struct KeyLister {
     if (count + found > kTileN) wait_for_slot(next);
     const unsigned before = (1u << threadIdx.x % 32) - 1;
     int at = count + __popc(votes[0] & before) + __popc(votes[1] & before);
-    bool here = false;
-    bool beyond = false;
+    unsigned tested = 0;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (!seen[i]) continue;
       put_key(next, at, entries[i], bias[i]);
-      if (entries[i].key > begin || entries[i].expiry < end) (at < kTileN ? here : beyond) = true;
+      if (entries[i].key > begin || entries[i].expiry < end) tested |= 1u << at / kUnit;
       ++at;
     }
-    tested = __any_sync(0xffffffffu, here) || tested;
-    next_tested = __any_sync(0xffffffffu, beyond);
+    tests |= __reduce_or_sync(0xffffffffu, tested);
     count += found;
     if (count > kTileN) end_step(0);
   }
@@ -105,7 +103,7 @@ struct KeyLister {
     for (int at = count + static_cast<int>(threadIdx.x % 32); at < kTileN; at += 32) {
       put_key(place, at, PlanEntry{0, 0}, 0);
     }
-    tested = tested || count < kTileN;
+    tests |= kAll & ~((1u << count / kUnit) - 1);
     end_step(Step::kLast);
   }
 

@@ -17,8 +17,8 @@ class KeySteps {
   static_assert(kUnits + kUnitsPerBlock <= 32 && kUnits <= kPaddingUnits);
 
  public:
-  int unit = 0;         // of this lane, in the packed keys
-  bool tested = false;  // some row does not see some key
+  int unit = 0;        // of this lane, in the packed keys
+  unsigned tests = 0;  // bit u: some row does not see some key of unit u
   bool last = false;
 
   // For rows at positions [begin, end). first_block: that of the tile's list in the packed keys.
@@ -47,7 +47,9 @@ class KeySteps {
     last = count_ <= kUnits;
     const int lane = static_cast<int>(threadIdx.x % 32);
     if (lane >= count_) unit = padding_ + lane;
-    tested = (waiting_tests_ & ((1u << kUnits) - 1)) != 0 || (last && count_ < kUnits);
+    constexpr unsigned kAll = (1u << kUnits) - 1;
+    tests = waiting_tests_ & kAll;
+    if (last) tests |= kAll & ~((1u << count_) - 1);
     return true;
   }
 
@@ -93,9 +95,9 @@ class KeySteps {
   int padding_;
   int begin_;
   int end_;
-  int count_ = 0;               // units found and not yet handed out
-  unsigned waiting_tests_ = 0;  // bit u: some row does not see some key of the unit in lane u
-  bool more_ = false;           // a block is being read
+  int count_ = 0;  // units found and not yet handed out
+  unsigned waiting_tests_ = 0;
+  bool more_ = false;  // a block is being read
   int unit_in_list_ = 0;
   uint4 pair_ = {};
 };

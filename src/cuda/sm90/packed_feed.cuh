@@ -41,7 +41,7 @@ struct Planner {
     first_block +=
         static_cast<std::int64_t>(tile.head_kv - params.first_head) * params.packed.blocks_per_head;
     KeySteps<Config::kUnits> steps(visits, params.packed, first_block, begin, end);
-    while (steps.next()) put(steps.unit, (steps.tested ? Step::kTested : 0) | (steps.last ? Step::kLast : 0));
+    while (steps.next()) put(steps.unit, steps.tests | (steps.last ? Step::kLast : 0));
   }
 
   __device__ void run() {

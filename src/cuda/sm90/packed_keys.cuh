@@ -24,24 +24,19 @@ constexpr int kAtomRows = 8;
 constexpr int kAtomBytes = 1024;  // 8 rows of 64 columns
 
 // What is known of the keys of a unit beside K and V, in the order in which threads need it: those of the
-// columns that a thread of wgmma holds lie side by side, and biases stand there once for each of its two
-// rows.
+// columns that a thread of wgmma holds lie side by side.
 struct __align__(16) UnitKeys {
   PlanEntry entries[kUnit];
-  float bias[2 * kUnit];  // divided by the scale; 0 without a bias
+  float bias[kUnit];  // divided by the scale; 0 without a bias
 
   __device__ void put(int key, const PlanEntry& entry, float key_bias) {
-    const int quarter = key % 8 / 2;
-    entries[quarter * 4 + key / 8 * 2 + key % 2] = entry;
-    const int first = key / 8 * 16 + quarter * 4 + key % 2;
-    bias[first] = key_bias;
-    bias[first + 2] = key_bias;
+    const int place = key % 8 / 2 * 4 + key / 8 * 2 + key % 2;
+    entries[place] = entry;
+    bias[place] = key_bias;
   }
-  // The four keys, and the biases of the two of them in columns 8 * half .., of the calling thread.
+  // Of the calling thread's columns 2 c, 2 c + 1, 2 c + 8, 2 c + 9, c = lane % 4.
   __device__ const PlanEntry* own_entries() const { return entries + threadIdx.x % 4 * 4; }
-  __device__ float4 own_bias(int half) const {
-    return *reinterpret_cast<const float4*>(bias + half * 16 + threadIdx.x % 4 * 4);
-  }
+  __device__ float4 own_bias() const { return *reinterpret_cast<const float4*>(bias + threadIdx.x % 4 * 4); }
 };
 
 // Arrays over the units of some heads, and the padding.

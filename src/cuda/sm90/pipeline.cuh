@@ -25,11 +25,10 @@ enum class Feed {
   kGather,  // one by one
 };
 
-// The flags of a step.
+// The flags of a step. Bit u: some row of the tile does not see some key of unit u.
 struct Step {
-  static constexpr unsigned kTested = 1;  // some row of the tile does not see some key
-  static constexpr unsigned kLast = 2;    // of its tile
-  static constexpr unsigned kEnd = 4;     // no step, there are no more
+  static constexpr unsigned kLast = 1u << 30;  // of its tile
+  static constexpr unsigned kEnd = 1u << 31;   // no step, there are no more
 };
 
 // A place in a ring: the parity of a barrier's phase flips with each round.
