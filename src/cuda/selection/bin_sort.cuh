@@ -71,7 +71,7 @@ class BinSort {
   }
 
  private:
-  static constexpr int kCrowded = 48;
+  static constexpr int kCrowded = 96;
 
   __device__ int bin_of(Rank rank) const {
     const unsigned span = storage_.greatest - storage_.least;

@@ -182,6 +182,7 @@ __device__ int for_each_outliving(const Items& items, int begin, int end, int fr
   const unsigned lane = threadIdx.x % 32;
   unsigned first = begin + warp * 32 * kPerLane + lane;
   int total = 0;
+#pragma unroll 1
   for (unsigned tile = begin; tile < static_cast<unsigned>(end); tile += kTile, first += kTile) {
     int expiry[kPerLane];
     items.load_expiries(first, end, expiry);
@@ -195,6 +196,7 @@ __device__ int for_each_outliving(const Items& items, int begin, int end, int fr
     if (lane == 0) counts[warp] = count;
     __syncthreads();
     int place = total;
+#pragma unroll 4
     for (int other = 0; other < kWarps; ++other) {
       if (other < warp) place += counts[other];
       total += counts[other];
@@ -215,20 +217,26 @@ __device__ int for_each_outliving(const Items& items, int begin, int end, int fr
 // loads at a time.
 template <typename Found>
 __device__ int for_each_outliving_in_any_order(const HeadKeys& keys, int end, int from, Found&& found) {
-  constexpr int kPerLane = 16;
+  constexpr unsigned kLoads = 8;
   __shared__ int total;
   if (threadIdx.x == 0) total = 0;
   __syncthreads();
   const unsigned lane = threadIdx.x % 32;
-  const unsigned warp_first = threadIdx.x / 32 * 32 * kPerLane;
-  for (unsigned first = warp_first + lane; first - lane < static_cast<unsigned>(end);
-       first += kPlanThreads * kPerLane) {
-    int expiry[kPerLane];
-    keys.load_expiries(first, end, expiry);
-    unsigned outliving = 0;
+  constexpr unsigned kStep = kPlanThreads * kLoads;
+#pragma unroll 1
+  for (unsigned begin = threadIdx.x / 32 * (32 * kLoads); begin < static_cast<unsigned>(end);
+       begin += 32 / kLoads * kStep) {
+    const unsigned first = begin + lane;
+    unsigned outliving = 0;  // of the lane's 32 keys
+#pragma unroll 1
+    for (unsigned n = 0; n < 32 / kLoads && begin + n * kStep < static_cast<unsigned>(end); ++n) {
+      int expiry[kLoads];
+      keys.load_expiries(first + n * kStep, end, expiry);
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      outliving |= keys.outlives(first + 32 * i, expiry[i], from) ? 1u << i : 0;
+      for (unsigned i = 0; i < kLoads; ++i) {
+        const bool outlives = keys.outlives(first + n * kStep + 32 * i, expiry[i], from);
+        outliving |= outlives ? 1u << (n * kLoads + i) : 0;
+      }
     }
     const int count = __popc(outliving);
     int until = count;
@@ -242,9 +250,11 @@ __device__ int for_each_outliving_in_any_order(const HeadKeys& keys, int end, in
     int place = 0;
     if (lane == 0) place = atomicAdd(&total, of_warp);
     place = __shfl_sync(kAllLanes, place, 0) + until - count;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if ((outliving >> i & 1) != 0) found(place++, keys.key(first + 32 * i), expiry[i]);
+#pragma unroll 1
+    for (; outliving != 0; outliving &= outliving - 1) {
+      const unsigned bit = __ffs(static_cast<int>(outliving)) - 1;
+      const unsigned key = first + bit / kLoads * kStep + bit % kLoads * 32;
+      found(place++, keys.key(key), keys.expiry(key));
     }
   }
   __syncthreads();

@@ -85,6 +85,7 @@ __device__ inline void finish_blocks(const PlanList& list, const HeadKeys& keys,
                                      int first, int last) {
   constexpr int kStep = kPlanThreads / 32 * kBlock;
   const unsigned lane = threadIdx.x % 32;
+#pragma unroll 1
   for (unsigned begin = first + threadIdx.x / 32 * kBlock; begin < static_cast<unsigned>(last);
        begin += kStep) {
     const unsigned places[2] = {begin + lane, begin + lane + 32};

@@ -98,6 +98,8 @@ void number_pieces(SelectProblem& problem) {
   problem.boundaries = {cut.chunk, 2, chunks + 1};
   problem.deaths = {cut.chunk, 1, chunks + survivor_pieces};
   problem.chunks = {cut.chunk, 1, chunks};
+  problem.num_supers = problem.supers.count(problem.geometry);
+  problem.num_boundaries = problem.boundaries.count(problem.geometry);
 }
 
 // Cuts the arrays that the kernels of the path need.
@@ -111,7 +113,7 @@ void cut_arrays(Arena& arena, SelectProblem& problem, Path path) {
                             problem.score_dtype == DType::kFloat32 && problem.score_stride == 1;
   if (!reads_scores) problem.bits = arena.take<unsigned>(heads * geometry.total_k());
   if (several_supers) {
-    const std::size_t places = heads * problem.supers.count(geometry) * problem.keep_window;
+    const std::size_t places = heads * problem.num_supers * problem.keep_window;
     problem.local_bits = arena.take<unsigned>(places);
     problem.local_keys = arena.take<int>(places);
     if (path == Path::kChunks) {
@@ -119,11 +121,11 @@ void cut_arrays(Arena& arena, SelectProblem& problem, Path path) {
       problem.survivor_keys = arena.take<int>(places);
       problem.entrant_bits = arena.take<unsigned>(heads * geometry.total_k());
       problem.entrant_keys = arena.take<int>(heads * geometry.total_k());
-      problem.num_entrants = arena.take<int>(heads * problem.supers.count(geometry));
+      problem.num_entrants = arena.take<int>(heads * problem.num_supers);
     }
   }
   if (path == Path::kKeepBest) return;
-  const std::size_t boundaries = heads * problem.boundaries.count(geometry);
+  const std::size_t boundaries = heads * problem.num_boundaries;
   problem.thresholds = arena.take<Rank>(boundaries);
   problem.num_alive = arena.take<int>(boundaries);
   problem.num_old = arena.take<int>(boundaries);

@@ -95,7 +95,9 @@ struct Numbering {
   }
   __device__ std::int64_t first(const Geometry& geometry, const Sequence& sequence) const {
     const std::int64_t index = sequence.index;
-    return geometry.packed() ? sequence.begin_k / unit + extra * index : per_sequence * index;
+    // A packed one begins at an int, and dividing 64 bits takes ten times the code.
+    return geometry.packed() ? static_cast<int>(sequence.begin_k) / unit + extra * index
+                             : per_sequence * index;
   }
 };
 
@@ -107,19 +109,21 @@ struct SelectCut {
 
   __host__ __device__ int tail_length(int seqlen) const { return seqlen < tail ? seqlen : tail; }
   __host__ __device__ int prefix(int seqlen) const { return seqlen - tail_length(seqlen); }
-  __host__ __device__ int prefix_supers(int seqlen) const {
-    return static_cast<int>(ceil_div(prefix(seqlen), super_chunk));
-  }
+  __host__ __device__ int prefix_supers(int seqlen) const { return pieces(prefix(seqlen), super_chunk); }
   __host__ __device__ int supers(int seqlen) const {
-    return prefix_supers(seqlen) + static_cast<int>(ceil_div(tail_length(seqlen), super_chunk));
+    return prefix_supers(seqlen) + pieces(tail_length(seqlen), super_chunk);
   }
-  __host__ __device__ int chunks(int seqlen) const {
-    return static_cast<int>(ceil_div(tail_length(seqlen), chunk));
-  }
+  __host__ __device__ int chunks(int seqlen) const { return pieces(tail_length(seqlen), chunk); }
   // The first key of a super-chunk.
   __host__ __device__ int super_begin(int seqlen, int super) const {
     const int before = prefix_supers(seqlen);
     return super < before ? super * super_chunk : prefix(seqlen) + (super - before) * super_chunk;
+  }
+
+ private:
+  __host__ __device__ static int pieces(int length, int unit) {
+    return static_cast<int>((static_cast<unsigned>(length) + static_cast<unsigned>(unit) - 1) /
+                            static_cast<unsigned>(unit));
   }
 };
 
@@ -143,6 +147,8 @@ struct SelectProblem {
   Numbering boundaries;  // one more than chunks
   Numbering deaths;      // the chunks and, if there is a prefix, the pieces of the list of its survivors
   Numbering chunks;
+  std::int64_t num_supers = 0;  // of all sequences
+  std::int64_t num_boundaries = 0;
 
   // [heads][total_k]: ordered bits of the scores; null where every kernel reads the scores themselves.
   unsigned* bits = nullptr;
@@ -187,11 +193,11 @@ struct SelectProblem {
   }
   // The first place of a super-chunk in local_... and survivor_....
   __device__ std::int64_t list_of(const Sequence& sequence, int head, int super) const {
-    return (head * supers.count(geometry) + supers.first(geometry, sequence) + super) * keep_window;
+    return (head * num_supers + supers.first(geometry, sequence) + super) * keep_window;
   }
   // The place of boundary 0 in thresholds, num_alive and num_old.
   __device__ std::int64_t boundaries_of(const Sequence& sequence, int head) const {
-    return head * boundaries.count(geometry) + boundaries.first(geometry, sequence);
+    return head * num_boundaries + boundaries.first(geometry, sequence);
   }
   // A packed sequence has no prefix, so its first chunk has no list, and the others fit.
   __device__ int* old_of(const Sequence& sequence, int head, int chunk) const {
