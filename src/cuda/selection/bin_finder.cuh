@@ -1,7 +1,7 @@
 // Finds bins of a histogram of digits by the number of entries in higher bins.
 #pragma once
 
-#include <cub/block/block_scan.cuh>
+#include "cuda/selection/select_problem.cuh"
 
 namespace flash_dmattn::cuda {
 
@@ -13,9 +13,10 @@ template <int kThreads, int kSearches>
 struct BinFinder {
   static_assert(kSearches <= 2);
   static constexpr int kBins = kDigitBins / kThreads;  // of each thread
-  using Scan = cub::BlockScan<unsigned, kThreads>;
+  static constexpr int kWarps = kThreads / 32;
+  static_assert(kWarps <= 32, "a warp adds up the sums of all");
 
-  typename Scan::TempStorage scan;
+  unsigned warp_sums[kWarps];
   unsigned total[kSearches];  // entries
   unsigned bin[kSearches], above[kSearches], in_bin[kSearches];
 
@@ -31,9 +32,16 @@ struct BinFinder {
       counts[i] = histogram[first_bin - i];
       sum += counts[i];
     }
-    unsigned before;
-    unsigned all;
-    Scan(scan).ExclusiveSum(sum, before, all);
+    unsigned before = sum;  // with the thread's own bins, first
+    for (int step = 1; step < 32; step *= 2) {
+      const unsigned earlier = __shfl_up_sync(kFullWarp, before, step);
+      if (lane_index() >= step) before += earlier;
+    }
+    if (lane_index() == 31) warp_sums[warp_index()] = before;
+    __syncthreads();
+    const unsigned of_lane = lane_index() < kWarps ? warp_sums[lane_index()] : 0;
+    before += __reduce_add_sync(kFullWarp, lane_index() < warp_index() ? of_lane : 0) - sum;
+    const unsigned all = __reduce_add_sync(kFullWarp, of_lane);
 #pragma unroll
     for (int i = 0; i < kBins; ++i) {
 #pragma unroll

@@ -11,7 +11,7 @@
 namespace flash_dmattn::cuda {
 
 struct FewSample {
-  static constexpr int kMost = 8192;
+  static constexpr int kMost = 4096;
 
   int size = 0;
   std::uint64_t step = 0;  // keys for each one of the sample, times 2^32
@@ -26,15 +26,15 @@ struct FewSample {
     sample.size = std::min(prefix, kMost);
     if (sample.size == 0) return sample;
     sample.step = (static_cast<std::uint64_t>(prefix) << 32) / static_cast<std::uint64_t>(sample.size);
-    // A sample of n of N keys holds n k / N of the best k on average, give or take the root of it. Five times
-    // that go wrong once in millions of calls.
+    // A sample of n of N keys holds n k / N of the best k on average, give or take the root of it. Four times
+    // that and a little go wrong once in some hundred thousand calls.
     const double share = static_cast<double>(sample.size) / prefix;
-    const auto spread = [&](double place) { return share == 1 ? 16 : 5 * std::sqrt(place) + 4; };
+    const auto spread = [&](double place) { return share == 1 ? 16 : 4 * std::sqrt(place) + 4; };
     const double lower = window * share;
     const double upper = safe * share;
     sample.lower_place = static_cast<unsigned>(std::ceil(lower + spread(lower)));
     sample.upper_place = static_cast<unsigned>(std::max(std::floor(upper - spread(upper)), 0.0));
-    sample.tolerance = static_cast<unsigned>(spread(lower) / 4);
+    sample.tolerance = static_cast<unsigned>(spread(lower) / 8);
     return sample;
   }
 

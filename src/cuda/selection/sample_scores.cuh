@@ -8,6 +8,12 @@
 namespace flash_dmattn::cuda {
 
 constexpr int kSampleThreads = 1024;
+// Registers for CTAs of split_keys are left over. 8.6, 8.9 and 12.0 have no room for two.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kSampleCtasPerSm = 1;
+#else
+constexpr int kSampleCtasPerSm = 2;
+#endif
 constexpr int kSamplePerThread = FewSample::kMost / kSampleThreads;
 
 struct SampleStorage {
@@ -22,9 +28,6 @@ struct BoundSearch {
   bool is_done = false;
   Rank bound = 0;
 
-  __device__ bool counts(Rank rank, int shift) const {
-    return !is_done && (shift == 64 || rank >> shift == digits);
-  }
   __device__ void end(Rank at) {
     bound = at;
     is_done = true;
@@ -60,18 +63,29 @@ __device__ __forceinline__ void count_sample(const Rank (&ranks)[kSamplePerThrea
     storage.histogram[bin] = 0;
   }
   __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kSamplePerThread; ++i) {
-    const auto digit = static_cast<unsigned>(ranks[i] >> (shift - width)) & ((1u << width) - 1);
-    unsigned add = 0;
-    if (ranks[i] != 0)
-      add = (lower.counts(ranks[i], shift) ? 1 : 0) + (upper.counts(ranks[i], shift) ? 1u << 16 : 0);
+  const auto count = [&](unsigned digit, unsigned add) {
     // Where scores hardly differ, a whole warp shares a bin; then one lane adds for all.
     const unsigned what = add << kDigitBits | digit;
     if (__all_sync(kFullWarp, what == __shfl_sync(kFullWarp, what, 0))) {
       if (add != 0 && lane_index() == 0) atomicAdd(&storage.histogram[digit], 32 * add);
     } else if (add != 0) {
       atomicAdd(&storage.histogram[digit], add);
+    }
+  };
+  constexpr unsigned kUpper = 1u << 16;
+  if (shift == 64) {
+    const unsigned both = (lower.is_done ? 0 : 1) + (upper.is_done ? 0 : kUpper);
+#pragma unroll
+    for (int i = 0; i < kSamplePerThread; ++i) {
+      count(static_cast<unsigned>(ranks[i] >> (64 - kDigitBits)), ranks[i] != 0 ? both : 0);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSamplePerThread; ++i) {
+      const Rank digits = ranks[i] >> shift;  // 0, like no other, of no key
+      const unsigned add = (!lower.is_done && digits == lower.digits ? 1 : 0) +
+                           (!upper.is_done && digits == upper.digits ? kUpper : 0);
+      count(static_cast<unsigned>(ranks[i] >> (shift - width)) & ((1u << width) - 1), add);
     }
   }
   __syncthreads();
@@ -107,7 +121,7 @@ __device__ inline FewBounds bounds_of_sample(const Rank (&ranks)[kSamplePerThrea
   return {lower.bound, upper.bound};
 }
 
-__global__ void __launch_bounds__(kSampleThreads, 1)
+__global__ void __launch_bounds__(kSampleThreads, kSampleCtasPerSm)
     sample_scores(const __grid_constant__ FewProblem problem) {
   __shared__ SampleStorage storage;
   let_next_kernel_start();

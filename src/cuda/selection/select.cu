@@ -177,7 +177,8 @@ cudaError_t select_few(const SelectProblem& select, const FewMemory& memory, cud
   const auto lines = static_cast<unsigned>(geometry.num_sequences) * geometry.heads_kv;
   const cudaError_t status = launch(sample_scores, {lines, kSampleThreads, 0, stream}, problem);
   if (status != cudaSuccess) return status;
-  return launch(split_keys, {lines * problem.select.tiles.per_sequence, kFewThreads, 0, stream, true},
+  return launch(split_keys,
+                {lines * problem.select.tiles.per_sequence, kFewThreads, sizeof(FewStorage), stream, true},
                 problem);
 }
 

@@ -20,8 +20,8 @@ constexpr int kFewThreads = 512;
 constexpr int kFewPerThread = 8;
 constexpr int kFewTile = kFewThreads * kFewPerThread;
 
-struct FewStorage {
-  static constexpr unsigned kCached = 4096;
+struct FewStorage {  // in dynamic shared memory
+  static constexpr unsigned kCached = 8192;
   static constexpr unsigned kFew = 32;  // candidates that a warp orders
 
   BinFinder<kFewThreads, 1> finder;
@@ -123,31 +123,32 @@ struct FewHead {
         prefix(problem.select.cut.prefix(sequence.seqlen_k)) {}
 };
 
-// Puts a warp's candidates aside: bit i of `mask` says that scores[i] is one.
-__device__ __forceinline__ void stage(const FewHead& head, int first, const float (&scores)[kFewPerThread],
-                                      unsigned mask, FewStorage& storage) {
-  const unsigned mine = __popc(mask);
-  unsigned until = mine;  // of this lane and those before it
-  for (int step = 1; step < 32; step *= 2) {
-    const unsigned before = __shfl_up_sync(kFullWarp, until, step);
-    if (lane_index() >= step) until += before;
-  }
+// Puts a warp's candidates aside, one of each lane for which `is_one`.
+__device__ __forceinline__ void stage(const FewHead& head, bool is_one, Rank rank, FewStorage& storage) {
+  const unsigned ones = __ballot_sync(kFullWarp, is_one);
+  if (ones == 0) return;
+  const unsigned number = __popc(ones);
   unsigned place = 0;
-  bool fits = true;
-  if (lane_index() == 31 && until > 0) {
-    place = atomicAdd(&storage.num_staged, until);
-    fits = place + until <= FewStorage::kCached;
-    if (!fits) {
+  if (lane_index() == 0) place = atomicAdd(&storage.num_staged, number);
+  place = __shfl_sync(kFullWarp, place, 0);
+  Rank* to = storage.cached;
+  if (place + number > FewStorage::kCached) {
+    if (lane_index() == 0) {
       atomicMin(&storage.staged_end, place);
-      place = atomicAdd(&head.line.num_candidates, until);
+      place = atomicAdd(&head.line.num_candidates, number);
     }
+    place = __shfl_sync(kFullWarp, place, 0);
+    to = head.candidates;
   }
-  place = __shfl_sync(kFullWarp, place, 31) + until - mine;
-  Rank* const to = __shfl_sync(kFullWarp, fits ? 1 : 0, 31) != 0 ? storage.cached : head.candidates;
+  if (is_one) to[place + __popc(ones & lanes_before(lane_index()))] = rank;
+}
+
+// scores[i] for an i that is known at run time alone, without memory.
+__device__ __forceinline__ float pick(const float (&scores)[kFewPerThread], int i) {
+  float picked = scores[0];
 #pragma unroll
-  for (int i = 0; i < kFewPerThread; ++i) {
-    if ((mask >> i & 1) != 0) to[place++] = make_rank(ordered_bits(scores[i]), few_key(first, i));
-  }
+  for (int n = 1; n < kFewPerThread; ++n) picked = n == i ? scores[n] : picked;
+  return picked;
 }
 
 // Settles the keys [begin, end) outside the bounds, lists those between, and counts both. scores: of the
@@ -168,27 +169,31 @@ __device__ __forceinline__ void split_range(const FewHead& head, int begin, int 
     load_scores(head.scores, first + kFewTile, end, next);
     int expiry[kFewPerThread];  // of candidates anything: it is settled later
     unsigned reach = 0;         // bit i: scores[i] is that of a candidate or above
+    unsigned sure = 0;
 #pragma unroll
     for (int i = 0; i < kFewPerThread; ++i) {
-      const int key = few_key(first, i);
-      expiry[i] = by_rank_alone || !(scores[i] >= -FLT_MAX) ? key : writer.value_dropped(key, key);
+      expiry[i] = few_key(first, i);
       reach |= scores[i] >= least ? 1u << i : 0;
     }
-    if (__any_sync(kFullWarp, reach != 0)) {
-      unsigned candidates = 0;
+    if (!by_rank_alone) {
 #pragma unroll
       for (int i = 0; i < kFewPerThread; ++i) {
-        if ((reach >> i & 1) == 0) continue;
-        const int key = few_key(first, i);
-        const Rank rank = make_rank(ordered_bits(scores[i]), key);
-        if (rank >= bounds.upper) {
-          expiry[i] = writer.value_never_evicted(key);
-          ++num_sure;
-        } else if (rank >= bounds.lower) {
-          candidates |= 1u << i;
-        }
+        if (scores[i] >= -FLT_MAX) expiry[i] = writer.value_dropped(expiry[i], expiry[i]);
       }
-      stage(head, first, scores, candidates, storage);
+    }
+    while (__any_sync(kFullWarp, reach != 0)) {
+      const int i = __ffs(static_cast<int>(reach)) - 1;  // -1: none
+      const Rank rank = i < 0 ? 0 : make_rank(ordered_bits(pick(scores, i)), few_key(first, i));
+      if (rank >= bounds.upper) sure |= 1u << i;
+      stage(head, rank >= bounds.lower && rank < bounds.upper, rank, storage);
+      reach &= reach - 1;
+    }
+    if (sure != 0) {
+      num_sure += __popc(sure);
+#pragma unroll
+      for (int i = 0; i < kFewPerThread; ++i) {
+        if ((sure >> i & 1) != 0) expiry[i] = writer.value_never_evicted(few_key(first, i));
+      }
     }
     store_expiry(writer, first, end, expiry);
 #pragma unroll
@@ -392,7 +397,7 @@ __device__ inline void settle(const FewHead& head, FewBounds bounds, FewStorage&
 }
 
 __global__ void __launch_bounds__(kFewThreads, 2) split_keys(const __grid_constant__ FewProblem problem) {
-  __shared__ FewStorage storage;
+  auto& storage = *reinterpret_cast<FewStorage*>(dynamic_shared_memory());
   const auto [sequence, head_index, tile] = find_piece(problem.select, problem.select.tiles);
   const FewHead head(problem, sequence, head_index);
   const int begin = tile * problem.select.tiles.unit;

@@ -77,16 +77,27 @@ __global__ void __launch_bounds__(kListThreads, 4)
   }
   const int first_position = params.position(0);
   unsigned listed = 0;  // bit 4 * g + i: key i of group g
-  unsigned counts = 0;  // byte g: of group g
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
     const int ends[4] = {groups[g].x, groups[g].y, groups[g].z, groups[g].w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int key = own + g * (32 * 4) + i;
-      if (ends[i] <= max(key, first_position)) continue;
-      if (bias == nullptr || bias[key * params.bias.stride] != -INFINITY) listed |= 1u << (4 * g + i);
+      listed |= ends[i] > max(own + g * (32 * 4) + i, first_position) ? 1u << (4 * g + i) : 0;
     }
+  }
+  if (bias != nullptr && listed != 0) {
+    float values[4 * kGroups];  // all on the way at once
+#pragma unroll
+    for (int i = 0; i < 4 * kGroups; ++i) {
+      const int key = own + i / 4 * (32 * 4) + i % 4;
+      values[i] = (listed >> i & 1) != 0 ? bias[key * params.bias.stride] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * kGroups; ++i) listed &= values[i] == -INFINITY ? ~(1u << i) : ~0u;
+  }
+  unsigned counts = 0;  // byte g: of group g
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
     counts |= static_cast<unsigned>(__popc(listed >> (4 * g) & 15u)) << (8 * g);
   }
   unsigned until_lane = counts;  // of this lane and those before it
