@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cuda/backend.h"
+#include "cuda/selection/few_sample.h"
 #include "cuda/selection/select.h"
 #include "support.h"
 
@@ -151,10 +152,8 @@ void run_select(const SelectArgs& args, const SelectSizes& sizes, Poison poison)
   EXPECT_EQ(std::memcmp(now + end, then + end, memory.size() * 4 - end), 0) << "written behind the workspace";
 }
 
-void check_call(DType dtype, const Shape& shape, const Rule& rule, Strides strides, Family family,
-                SelectSizes sizes, Random& random) {
-  Call call = make_call(dtype, shape, rule, strides);
-  call.score.fill(score_source(family, random));
+void check_scores(Call& call, const Shape& shape, const Rule& rule, const std::string& what,
+                  SelectSizes sizes, Random& random) {
   if (sizes.chunk == 0) sizes = cuda::choose_select_sizes(call.args);
   const std::vector<unsigned char> before = call.score.bytes();
   run_select(call.args, sizes, random.pick({Poison::kNaN, Poison::kLarge}));
@@ -176,15 +175,22 @@ void check_call(DType dtype, const Shape& shape, const Rule& rule, Strides strid
       for (std::size_t key = 0; key < scores.size(); ++key) {
         ASSERT_EQ(static_cast<std::int64_t>(call.expiry.get(place(static_cast<std::int64_t>(key)))),
                   want[key])
-            << dtype_name(dtype) << ", sequence " << sequence << " of length " << scores.size() << ", head "
-            << head << ", key " << key << ", w = " << rule.keep_window << ", causal " << rule.causal
-            << ", sinks " << rule.num_sinks << ", local " << rule.local_window << ", queries "
-            << rule.num_queries << ", family " << static_cast<int>(family) << ", chunk " << sizes.chunk
-            << ", super-chunk " << sizes.super_chunk;
+            << dtype_name(call.score.view().dtype) << ", " << what << ", sequence " << sequence
+            << " of length " << scores.size() << ", head " << head << ", key " << key
+            << ", w = " << rule.keep_window << ", causal " << rule.causal << ", sinks " << rule.num_sinks
+            << ", local " << rule.local_window << ", queries " << rule.num_queries << ", chunk "
+            << sizes.chunk << ", super-chunk " << sizes.super_chunk;
       }
     }
     begin += shape.lengths[sequence];
   }
+}
+
+void check_call(DType dtype, const Shape& shape, const Rule& rule, Strides strides, Family family,
+                SelectSizes sizes, Random& random) {
+  Call call = make_call(dtype, shape, rule, strides);
+  call.score.fill(score_source(family, random));
+  check_scores(call, shape, rule, "family " + std::to_string(static_cast<int>(family)), sizes, random);
 }
 
 // A random shape with sequences of up to `longest` keys, and a random rule.
@@ -261,6 +267,32 @@ TEST(SelectKernels, FullPieces) {
   for (const bool causal : {true, false}) {
     check_call(DType::kFloat32, packed, {.keep_window = 1500, .causal = causal}, Strides::kContiguous,
                Family::kNoisyUp, {}, random);
+  }
+}
+
+// Few rows of a long sequence: what the sample says of all keys is right, too high, or too low.
+TEST(SelectKernels, SamplesThatMislead) {
+  Random random(6);
+  constexpr std::int64_t kKeys = 40000;
+  const Shape shape{.lengths = {kKeys, kKeys}, .packed = false, .heads = 1};
+  for (const std::int64_t rows : {1, 9, 32}) {
+    const std::int64_t prefix = rows == 1 ? kKeys : kKeys - rows;
+    std::vector<bool> sampled(kKeys);
+    const auto sample = cuda::FewSample::make(static_cast<int>(prefix), 1000, 1000);
+    for (int i = 0; i < sample.size; ++i) sampled[sample.key(i)] = true;
+    ASSERT_EQ(std::count(sampled.begin(), sampled.end(), true), cuda::FewSample::kMost);
+    for (const double step : {3.0, -3.0, 0.0}) {
+      for (const double noise : {1.0, 0.0}) {
+        const Rule rule{.keep_window = random.pick({20, 1000, 5000, 39000}), .num_queries = rows};
+        Call call =
+            make_call(DType::kFloat32, shape, rule, random.pick({Strides::kContiguous, Strides::kGaps}));
+        for (std::int64_t key = 0; key < kKeys; ++key) {
+          call.score.set({0, 0, key}, noise * random.normal() + (sampled[key] ? step : 0));
+          call.score.set({1, 0, key}, random.chance(0.9) ? -kInf : noise * random.normal());
+        }
+        check_scores(call, shape, rule, "step " + std::to_string(step), {}, random);
+      }
+    }
   }
 }
 

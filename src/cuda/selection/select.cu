@@ -12,6 +12,7 @@
 #include "cuda/backend.h"
 #include "cuda/common/arguments.h"
 #include "cuda/common/launch.h"
+#include "cuda/selection/sample_scores.cuh"
 #include "cuda/selection/select_chunk.cuh"
 #include "cuda/selection/select_few.cuh"
 #include "cuda/selection/select_kernels.cuh"
@@ -76,12 +77,12 @@ SelectCut make_cut(const SelectArgs& args, const SelectSizes& sizes, Path path) 
   return cut;
 }
 
-// The pieces of kernels that look at all keys: about as many as CTAs find room at a time, for each begins and
-// ends with a whole histogram.
-Numbering few_tiles(const Geometry& geometry, std::int64_t ctas) {
+// The pieces of split_keys: about as many as CTAs find room at a time.
+Numbering few_tiles(const Geometry& geometry) {
+  constexpr std::int64_t kCtas = 264;
   const std::int64_t keys = geometry.total_k() * geometry.heads_kv;
   const std::int64_t longest = round_up(geometry.seqlen_k, kFewTile);
-  const auto tile = static_cast<int>(std::min(ceil_div(keys, ctas * kFewTile) * kFewTile, longest));
+  const auto tile = static_cast<int>(std::min(ceil_div(keys, kCtas * kFewTile) * kFewTile, longest));
   return {tile, 0, static_cast<int>(ceil_div(geometry.seqlen_k, tile))};
 }
 
@@ -156,39 +157,31 @@ SelectProblem make_problem(const SelectArgs& args, const SelectSizes& sizes, Pat
   return problem;
 }
 
-// What the kernels for few rows count in, zeroed, and their candidates.
+// What the kernels for few rows leave to one another.
 struct FewMemory {
-  unsigned* counters;
-  std::size_t num_counters;
+  FewLine* lines;
   Rank* candidates;
 
   FewMemory(Arena& arena, const Geometry& geometry) {
-    const auto lines = static_cast<std::size_t>(geometry.num_sequences) * geometry.heads_kv;
-    num_counters = lines * (kDigitBins + 2);
-    counters = arena.take<unsigned>(num_counters);
-    candidates = arena.take<Rank>(lines * geometry.seqlen_k);
+    const auto num_lines = static_cast<std::size_t>(geometry.num_sequences) * geometry.heads_kv;
+    lines = arena.take<FewLine>(num_lines);
+    candidates = arena.take<Rank>(num_lines * geometry.seqlen_k);
   }
 };
 
 cudaError_t select_few(const SelectProblem& select, const FewMemory& memory, cudaStream_t stream) {
   const Geometry& geometry = select.geometry;
-  const std::size_t lines = memory.num_counters / (kDigitBins + 2);
-  FewProblem problem{select, {}};
-  problem.state.histogram = memory.counters;
-  problem.state.num_candidates = memory.counters + lines * kDigitBins;
-  problem.state.num_finished = problem.state.num_candidates + lines;
-  problem.state.candidates = memory.candidates;
-  cudaError_t status = cudaMemsetAsync(memory.counters, 0, memory.num_counters * sizeof(unsigned), stream);
-  const auto then = [&](void (*kernel)(FewProblem), std::int64_t ctas) {
-    problem.select.tiles = few_tiles(geometry, ctas);
-    const std::int64_t grid = problem.select.tiles.count(geometry) * geometry.heads_kv;
-    if (status == cudaSuccess) {
-      status = launch(kernel, {static_cast<unsigned>(grid), kFewThreads, 0, stream}, problem);
-    }
-  };
-  then(count_digits, 528);
-  then(split_keys, 264);
-  return status;
+  const int prefix = select.cut.prefix(geometry.seqlen_k);
+  const int safe = std::max(select.keep_window - (geometry.seqlen_k - prefix), 0);
+  FewProblem problem{select, FewSample::make(prefix, select.keep_window, safe), memory.lines,
+                     memory.candidates};
+  problem.select.tiles = few_tiles(geometry);
+  const auto lines = static_cast<unsigned>(geometry.num_sequences) * geometry.heads_kv;
+  const cudaError_t status = launch(sample_scores, {lines, kSampleThreads, 0, stream}, problem);
+  if (status != cudaSuccess) return status;
+  return launch(split_keys,
+                {lines * problem.select.tiles.per_sequence, kFewThreads, sizeof(FewStorage), stream, true},
+                problem);
 }
 
 using Kernel = void (*)(SelectProblem);

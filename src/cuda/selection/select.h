@@ -6,7 +6,7 @@
 //   causal                        (convert_scores,) [select_in_supers, merge_supers,] find_thresholds,
 //                                 find_death_chunks, finish_chunks
 //   only what is kept at the end  convert_scores, [select_in_supers,] keep_best
-//   few rows, long sequence       count_digits, split_keys
+//   few rows, long sequence       sample_scores, split_keys
 // clang-format on
 //
 // The kernels in brackets run where a sequence may be longer than a super-chunk. Float32 scores side by side

@@ -1,42 +1,41 @@
 // Selection for few rows over a long sequence: decode. What the rows see are the keep_window best keys before
 // the first of them, the survivors, and the keys of the rows themselves, each of which may drive out one of
-// the survivors, the lowest. So expiry takes two looks at the scores, by the whole GPU:
+// the survivors, the lowest. So it is enough to know the survivors, and the lowest of them in order:
 //
-//   count_digits    a histogram of the highest bits of all scores
-//   split_keys      by the histogram most keys are settled at once; the rest, the candidates, are listed
+//   sample_scores   from a sample of the scores, two bounds that the window's last key nearly surely lies
+//                   between (sample_scores.cuh)
+//   split_keys      settles the keys outside the bounds and lists the candidates between
 //   settle          the CTA of split_keys that finishes last: the lowest survivors exactly, and who evicts
-//   them
+//                   them. Counts tell whether the bounds were right; if not, all keys are candidates.
 #pragma once
 
-#include <cub/block/block_scan.cuh>
+#include <cfloat>
 
-#include "cuda/selection/select_problem.cuh"
+#include "cuda/selection/bin_finder.cuh"
+#include "cuda/selection/few_problem.cuh"
 
 namespace flash_dmattn::cuda {
 
 constexpr int kFewThreads = 512;
 constexpr int kFewPerThread = 8;
 constexpr int kFewTile = kFewThreads * kFewPerThread;
-constexpr int kDigitBits = 11;
-constexpr int kDigitBins = 1 << kDigitBits;
-constexpr int kDigitShift = 32 - kDigitBits;
-constexpr int kMaxFewRows = 32;
 
-// [sequences * heads] of each. All but the candidates are zeroed before.
-struct FewState {
-  unsigned* histogram = nullptr;  // [..][kDigitBins] of the prefix: the keys before the first row
-  unsigned* num_candidates = nullptr;
-  unsigned* num_finished = nullptr;  // CTAs of split_keys
-  Rank* candidates = nullptr;        // [..][seqlen]
-};
+struct FewStorage {  // in dynamic shared memory
+  static constexpr unsigned kCached = 8192;
+  static constexpr unsigned kFew = 32;  // candidates that a warp orders
 
-struct FewProblem {
-  SelectProblem select;  // tiles: the pieces of CTAs, multiples of kFewTile keys
-  FewState state;
-
-  __device__ std::int64_t line(const Sequence& sequence, int head) const {
-    return static_cast<std::int64_t>(sequence.index) * select.geometry.heads_kv + head;
-  }
+  BinFinder<kFewThreads, 1> finder;
+  unsigned histogram[kDigitBins];
+  Rank cached[kCached];  // the CTA's candidates; in the last CTA those of the head, if they are so few
+  unsigned num_staged;   // candidates in `cached` ...
+  unsigned staged_end;   // ... which end here, if there are more
+  unsigned num_sure;
+  unsigned first_place;
+  Rank warp_extremes[kFewThreads / 32];
+  Rank few[kFew];
+  unsigned num_few;
+  unsigned sure, candidates;  // of the head
+  bool is_last;
 };
 
 // The keys of a thread in the tile of keys that begins with `first`: groups of four neighbours.
@@ -47,46 +46,35 @@ __device__ __forceinline__ bool is_aligned(const void* address) {
   return reinterpret_cast<std::uintptr_t>(address) % 16 == 0;
 }
 
-// Ordered bits of the thread's keys; 0 from `end` on.
-__device__ __forceinline__ void load_bits(const HeadScores& scores, int first, int end,
-                                          unsigned (&bits)[kFewPerThread]) {
+// Scores of the thread's keys; NaN from `end` on.
+__device__ __forceinline__ void load_scores(const HeadScores& scores, int first, int end,
+                                            float (&values)[kFewPerThread]) {
   const auto* floats = static_cast<const float*>(scores.data);
   if (scores.dtype == DType::kFloat32 && scores.stride == 1 && first + kFewTile <= end &&
       is_aligned(floats + first)) {
-    float4 groups[kFewPerThread / 4];
 #pragma unroll
     for (int g = 0; g < kFewPerThread / 4; ++g) {
-      groups[g] = *reinterpret_cast<const float4*>(floats + few_key(first, 4 * g));
-    }
-#pragma unroll
-    for (int g = 0; g < kFewPerThread / 4; ++g) {
-      bits[4 * g] = ordered_bits(groups[g].x);
-      bits[4 * g + 1] = ordered_bits(groups[g].y);
-      bits[4 * g + 2] = ordered_bits(groups[g].z);
-      bits[4 * g + 3] = ordered_bits(groups[g].w);
+      const float4 four = *reinterpret_cast<const float4*>(floats + few_key(first, 4 * g));
+      values[4 * g] = four.x;
+      values[4 * g + 1] = four.y;
+      values[4 * g + 2] = four.z;
+      values[4 * g + 3] = four.w;
     }
     return;
   }
-  const auto load = [&](auto element) {
+  with_element_of(scores.dtype, [&](auto element) {
     const auto* data = static_cast<const decltype(element)*>(scores.data);
-    decltype(element) values[kFewPerThread] = {};
+    decltype(element) elements[kFewPerThread] = {};
 #pragma unroll
     for (int i = 0; i < kFewPerThread; ++i) {
       const int key = few_key(first, i);
-      if (key < end) values[i] = data[key * scores.stride];
+      if (key < end) elements[i] = data[key * scores.stride];
     }
 #pragma unroll
     for (int i = 0; i < kFewPerThread; ++i) {
-      bits[i] = few_key(first, i) < end ? ordered_bits(to_float(values[i])) : 0;
+      values[i] = few_key(first, i) < end ? to_float(elements[i]) : NAN;
     }
-  };
-  if (scores.dtype == DType::kFloat32) {
-    load(0.0f);
-  } else if (scores.dtype == DType::kBFloat16) {
-    load(BFloat16{});
-  } else {
-    load(Float16{});
-  }
+  });
 }
 
 // Expiry of the thread's keys before `end`.
@@ -107,91 +95,127 @@ __device__ __forceinline__ void store_expiry(const ExpiryWriter& writer, int fir
   }
 }
 
-__global__ void __launch_bounds__(kFewThreads, 4) count_digits(const __grid_constant__ FewProblem problem) {
-  __shared__ unsigned histogram[kDigitBins];
-  const SelectProblem& select = problem.select;
-  const auto [sequence, head, tile] = find_piece(select, select.tiles);
-  const HeadScores scores = select.scores_of(sequence, head);
-  const int begin = tile * problem.select.tiles.unit;
-  const int end = min(begin + problem.select.tiles.unit, select.cut.prefix(sequence.seqlen_k));
-  for (int bin = static_cast<int>(threadIdx.x); bin < kDigitBins; bin += kFewThreads) histogram[bin] = 0;
-  __syncthreads();
-  unsigned bits[kFewPerThread];
-  load_bits(scores, begin, end, bits);
-  for (int first = begin; first < end; first += kFewTile) {
-    unsigned digits[kFewPerThread];
-#pragma unroll
-    for (int i = 0; i < kFewPerThread; ++i) digits[i] = bits[i] >> kDigitShift;
-    load_bits(scores, first + kFewTile, end, bits);  // of the next tile, on the way meanwhile
-#pragma unroll
-    for (int i = 0; i < kFewPerThread; ++i) {
-      const unsigned digit = digits[i];
-      // Where scores hardly differ, a whole warp shares a bin; then one lane adds for all.
-      if (__all_sync(kFullWarp, digit == __shfl_sync(kFullWarp, digit, 0))) {
-        if (lane_index() == 0) atomicAdd(&histogram[digit], 32u);
-      } else {
-        atomicAdd(&histogram[digit], 1u);
-      }
-    }
-  }
-  __syncthreads();
-  unsigned* const total = problem.state.histogram + problem.line(sequence, head) * kDigitBins;
-  // Bin 0 is that of disabled keys.
-  for (int bin = 1 + static_cast<int>(threadIdx.x); bin < kDigitBins; bin += kFewThreads) {
-    if (histogram[bin] != 0) atomicAdd(&total[bin], histogram[bin]);
-  }
+// The least score of the ranks from `bound` on.
+__device__ __forceinline__ float least_score(Rank bound) {
+  const auto ordered = static_cast<unsigned>(bound >> 32);
+  return __uint_as_float((ordered & 0x80000000u) != 0 ? ordered ^ 0x80000000u : ~ordered);
 }
 
-// Finds bins of a histogram by the number of keys above them.
-struct BinFinder {
-  static constexpr int kBins = kDigitBins / kFewThreads;  // of each thread
-  typename cub::BlockScan<unsigned, kFewThreads>::TempStorage scan;
-  unsigned total;
-  unsigned bin[2], above[2], in_bin[2];
+// One head of a sequence, as the CTAs of split_keys see it.
+struct FewHead {
+  const FewProblem& problem;
+  Sequence sequence;
+  int head;
+  FewLine& line;
+  Rank* candidates;
+  HeadScores scores;
+  ExpiryWriter writer;
+  int prefix;  // keys before the first row's
 
-  // The bins with the keys of ranks[0] and ranks[1], 1 the highest, each at most the number of keys. All
-  // threads call; the histogram was written before a barrier. Ends with a barrier.
-  __device__ void find(const unsigned* histogram, unsigned least_bin, const unsigned (&ranks)[2]) {
-    const unsigned first_bin = kDigitBins - 1 - kBins * threadIdx.x;
-    unsigned counts[kBins];
-    unsigned sum = 0;
-#pragma unroll
-    for (int i = 0; i < kBins; ++i) {
-      counts[i] = first_bin - i < least_bin ? 0 : histogram[first_bin - i];
-      sum += counts[i];
+  __device__ FewHead(const FewProblem& problem_, const Sequence& sequence_, int head_)
+      : problem(problem_),
+        sequence(sequence_),
+        head(head_),
+        line(problem.lines[problem.line(sequence, head)]),
+        candidates(problem.candidates + problem.line(sequence, head) * sequence.seqlen_k),
+        scores(problem.select.scores_of(sequence, head)),
+        writer(problem.select.writer_of(sequence, head)),
+        prefix(problem.select.cut.prefix(sequence.seqlen_k)) {}
+};
+
+// Puts a warp's candidates aside, one of each lane for which `is_one`.
+__device__ __forceinline__ void stage(const FewHead& head, bool is_one, Rank rank, FewStorage& storage) {
+  const unsigned ones = __ballot_sync(kFullWarp, is_one);
+  if (ones == 0) return;
+  const unsigned number = __popc(ones);
+  unsigned place = 0;
+  if (lane_index() == 0) place = atomicAdd(&storage.num_staged, number);
+  place = __shfl_sync(kFullWarp, place, 0);
+  Rank* to = storage.cached;
+  if (place + number > FewStorage::kCached) {
+    if (lane_index() == 0) {
+      atomicMin(&storage.staged_end, place);
+      place = atomicAdd(&head.line.num_candidates, number);
     }
-    unsigned before;
-    unsigned all;
-    cub::BlockScan<unsigned, kFewThreads>(scan).ExclusiveSum(sum, before, all);
-    if (threadIdx.x == 0) total = all;
-#pragma unroll
-    for (int i = 0; i < kBins; ++i) {
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const unsigned rank = min(ranks[n], all);
-        if (before < rank && rank <= before + counts[i]) {
-          bin[n] = first_bin - i;
-          above[n] = before;
-          in_bin[n] = counts[i];
-        }
-      }
-      before += counts[i];
-    }
-    __syncthreads();
+    place = __shfl_sync(kFullWarp, place, 0);
+    to = head.candidates;
   }
-};
+  if (is_one) to[place + __popc(ones & lanes_before(lane_index()))] = rank;
+}
 
-struct FewStorage {
-  static constexpr unsigned kCached = 4096;
-  BinFinder finder;
-  unsigned histogram[kDigitBins];
-  Rank cached[kCached];  // the candidates, if they are so few
-  Rank warp_least[kFewThreads / 32];
-  bool is_last;
-};
+// scores[i] for an i that is known at run time alone, without memory.
+__device__ __forceinline__ float pick(const float (&scores)[kFewPerThread], int i) {
+  float picked = scores[0];
+#pragma unroll
+  for (int n = 1; n < kFewPerThread; ++n) picked = n == i ? scores[n] : picked;
+  return picked;
+}
 
-// visit(rank) for every candidate, in any order, several loads in flight: there are many where scores are
-// equal.
+// Settles the keys [begin, end) outside the bounds, lists those between, and counts both. scores: of the
+// first tile. All threads call; ends behind a barrier.
+__device__ __forceinline__ void split_range(const FewHead& head, int begin, int end, const FewBounds& bounds,
+                                            float (&scores)[kFewPerThread], FewStorage& storage) {
+  if (threadIdx.x == 0) {
+    storage.num_staged = storage.num_sure = 0;
+    storage.staged_end = FewStorage::kCached;
+  }
+  __syncthreads();
+  const ExpiryWriter& writer = head.writer;
+  const bool by_rank_alone = writer.num_sinks <= 0 && writer.local_window <= 0;
+  const float least = least_score(bounds.lower);
+  unsigned num_sure = 0;
+  for (int first = begin; first < end; first += kFewTile) {
+    float next[kFewPerThread];
+    load_scores(head.scores, first + kFewTile, end, next);
+    int expiry[kFewPerThread];  // of candidates anything: it is settled later
+    unsigned reach = 0;         // bit i: scores[i] is that of a candidate or above
+    unsigned sure = 0;
+#pragma unroll
+    for (int i = 0; i < kFewPerThread; ++i) {
+      expiry[i] = few_key(first, i);
+      reach |= scores[i] >= least ? 1u << i : 0;
+    }
+    if (!by_rank_alone) {
+#pragma unroll
+      for (int i = 0; i < kFewPerThread; ++i) {
+        if (scores[i] >= -FLT_MAX) expiry[i] = writer.value_dropped(expiry[i], expiry[i]);
+      }
+    }
+    while (__any_sync(kFullWarp, reach != 0)) {
+      const int i = __ffs(static_cast<int>(reach)) - 1;  // -1: none
+      const Rank rank = i < 0 ? 0 : make_rank(ordered_bits(pick(scores, i)), few_key(first, i));
+      if (rank >= bounds.upper) sure |= 1u << i;
+      stage(head, rank >= bounds.lower && rank < bounds.upper, rank, storage);
+      reach &= reach - 1;
+    }
+    if (sure != 0) {
+      num_sure += __popc(sure);
+#pragma unroll
+      for (int i = 0; i < kFewPerThread; ++i) {
+        if ((sure >> i & 1) != 0) expiry[i] = writer.value_never_evicted(few_key(first, i));
+      }
+    }
+    store_expiry(writer, first, end, expiry);
+#pragma unroll
+    for (int i = 0; i < kFewPerThread; ++i) scores[i] = next[i];
+  }
+  num_sure = __reduce_add_sync(kFullWarp, num_sure);
+  if (lane_index() == 0 && num_sure > 0) atomicAdd(&storage.num_sure, num_sure);
+  __syncthreads();
+  const unsigned staged = min(storage.num_staged, storage.staged_end);
+  if (threadIdx.x == 0) {
+    storage.first_place = staged > 0 ? atomicAdd(&head.line.num_candidates, staged) : 0;
+    if (storage.num_sure > 0) atomicAdd(&head.line.num_sure, storage.num_sure);
+  }
+  __syncthreads();
+  for (unsigned i = threadIdx.x; i < staged; i += kFewThreads) {
+    head.candidates[storage.first_place + i] = storage.cached[i];
+  }
+  __threadfence();  // all of it is written before the CTA counts as finished
+  __syncthreads();
+}
+
+// visit(rank) for every candidate, in any order, several loads in flight: there may be many.
 template <typename Visit>
 __device__ __forceinline__ void for_each_candidate(const Rank* candidates, unsigned count, Visit&& visit) {
   constexpr unsigned kUnroll = 8;
@@ -206,62 +230,89 @@ __device__ __forceinline__ void for_each_candidate(const Rank* candidates, unsig
   for (; first < count; first += kFewThreads) visit(candidates[first]);
 }
 
-// The least rank of the candidates that is at least `bound`; all ones if there is none. All threads call.
+// The least of the threads' ranks. All threads call.
+__device__ inline Rank least_of_all(Rank rank, FewStorage& storage) {
+  for (int step = 16; step > 0; step /= 2) rank = min(rank, __shfl_xor_sync(kFullWarp, rank, step));
+  __syncthreads();  // the last answer is read
+  if (lane_index() == 0) storage.warp_extremes[warp_index()] = rank;
+  __syncthreads();
+  rank = lane_index() < kFewThreads / 32 ? storage.warp_extremes[lane_index()] : kNoRank;
+  for (int step = 16; step > 0; step /= 2) rank = min(rank, __shfl_xor_sync(kFullWarp, rank, step));
+  return rank;
+}
+
+// The least rank of the candidates that is at least `bound`; kNoRank if there is none. All threads call.
 __device__ inline Rank least_from(const Rank* candidates, unsigned count, Rank bound, FewStorage& storage) {
-  Rank least = ~Rank{0};
+  Rank least = kNoRank;
   for_each_candidate(candidates, count, [&](Rank rank) {
     if (rank >= bound) least = min(least, rank);
   });
-  for (int step = 16; step > 0; step /= 2) least = min(least, __shfl_xor_sync(kFullWarp, least, step));
-  __syncthreads();  // the last answer is read
-  if (lane_index() == 0) storage.warp_least[warp_index()] = least;
-  __syncthreads();
-  least = lane_index() < kFewThreads / 32 ? storage.warp_least[lane_index()] : ~Rank{0};
-  for (int step = 16; step > 0; step /= 2) least = min(least, __shfl_xor_sync(kFullWarp, least, step));
-  return least;
+  return least_of_all(least, storage);
 }
 
-// A bound that exactly k of the candidates reach, 1 <= k <= count, by radix selection on their ranks.
-// common_bin: of all candidates; kDigitBins: they differ.
-__device__ inline Rank bound_of_best(const Rank* candidates, unsigned count, unsigned k, unsigned common_bin,
+// The k-th best of the few candidates that visit(rank) is called with, 1 <= k. All threads call.
+template <typename Belongs>
+__device__ Rank best_of_few(const Rank* candidates, unsigned count, unsigned k, const Belongs& belongs,
+                            FewStorage& storage) {
+  for_each_candidate(candidates, count, [&](Rank rank) {
+    if (belongs(rank)) storage.few[atomicAdd(&storage.num_few, 1u)] = rank;
+  });
+  __syncthreads();
+  const auto lane = static_cast<unsigned>(lane_index());
+  const Rank mine = lane < storage.num_few ? storage.few[lane] : 0;
+  unsigned better = 0;
+  for (int other = 0; other < 32; ++other) better += __shfl_sync(kFullWarp, mine, other) > mine ? 1 : 0;
+  const unsigned found = __ballot_sync(kFullWarp, mine != 0 && better == k - 1);
+  return __shfl_sync(kFullWarp, mine, __ffs(static_cast<int>(found)) - 1);
+}
+
+// A bound that exactly k of the candidates reach, 1 <= k <= count, by radix selection: 11 bits at a time of
+// what the ranks are above `base`, which none is below.
+__device__ inline Rank bound_of_best(const Rank* candidates, unsigned count, unsigned k, Rank base,
                                      FewStorage& storage) {
-  Rank digits = common_bin == kDigitBins ? 0 : common_bin;
-  int shift = common_bin == kDigitBins ? 64 : 64 - kDigitBits;
-  while (shift > 0 && count > 0) {
-    const int width = shift == 42 || shift <= kDigitBits ? min(10, shift) : kDigitBits;  // 11, 11, 10 twice
+  Rank least_complement = kNoRank;
+  for_each_candidate(candidates, count, [&](Rank rank) { least_complement = min(least_complement, ~rank); });
+  const Rank range = ~least_of_all(least_complement, storage) - base;
+  int shift = 64 - __clzll(static_cast<long long>(range | 1));
+  while (shift > 0) {
+    const int width = min(shift, kDigitBits);
+    shift -= width;
     for (unsigned bin = threadIdx.x; bin < kDigitBins; bin += kFewThreads) storage.histogram[bin] = 0;
+    if (threadIdx.x == 0) storage.num_few = 0;
     __syncthreads();
+    // Ranks below the base wrap around, out of all bins.
     for_each_candidate(candidates, count, [&](Rank rank) {
-      if (shift == 64 || rank >> shift == digits) {
-        atomicAdd(&storage.histogram[rank >> (shift - width) & ((1u << width) - 1)], 1u);
-      }
+      const Rank digit = (rank - base) >> shift;
+      if (digit < 1u << width) atomicAdd(&storage.histogram[digit], 1u);
     });
     __syncthreads();
-    storage.finder.find(storage.histogram, 0, {k, k});
-    digits = digits << width | storage.finder.bin[0];
-    shift -= width;
+    storage.finder.find(storage.histogram, {k});
+    base += static_cast<Rank>(storage.finder.bin[0]) << shift;
     k -= storage.finder.above[0];
-    const bool whole = storage.finder.in_bin[0] == k;  // all keys of the bin count
-    __syncthreads();                                   // the bin is known to all
-    if (whole) break;
+    const unsigned in_bin = storage.finder.in_bin[0];
+    if (in_bin == k) break;  // all keys of the bin count
+    if (in_bin <= FewStorage::kFew) {
+      const auto belongs = [&](Rank rank) { return (rank - base) >> shift == 0; };
+      return best_of_few(candidates, count, k, belongs, storage);
+    }
+    __syncthreads();  // the bin is known to all
   }
-  return digits << shift;
+  return base;
 }
 
 // The keys of the rows arrive one after the other; each that enters a full window evicts the lowest key in
 // it, whose expiry becomes the row's position. Survivors are the candidates that reach `bound`. All threads
 // call.
-__device__ inline void evict_by_rows(const FewProblem& problem, const Sequence& sequence, int head,
-                                     const ExpiryWriter& writer, const Rank* candidates, unsigned count,
-                                     Rank bound, unsigned free_places, FewStorage& storage) {
-  const HeadScores scores = problem.select.scores_of(sequence, head);
-  const int prefix = problem.select.cut.prefix(sequence.seqlen_k);
-  if (prefix == sequence.seqlen_k) return;
+__device__ inline void evict_by_rows(const FewHead& head, const Rank* candidates, unsigned count, Rank bound,
+                                     unsigned free_places, FewStorage& storage) {
+  const ExpiryWriter& writer = head.writer;
+  const int seqlen = head.sequence.seqlen_k;
+  if (head.prefix == seqlen) return;
   Rank lowest = least_from(candidates, count, bound, storage);  // survivor
   // Lane n of every warp holds row key n while it is in the window.
-  Rank mine = ~Rank{0};
-  for (int key = prefix; key < sequence.seqlen_k; ++key) {
-    const unsigned bits = scores.bits(key);
+  Rank mine = kNoRank;
+  for (int key = head.prefix; key < seqlen; ++key) {
+    const unsigned bits = head.scores.bits(key);
     if (bits == 0) {
       if (threadIdx.x == 0) writer.disabled(key);
       continue;
@@ -283,116 +334,87 @@ __device__ inline void evict_by_rows(const FewProblem& problem, const Sequence& 
       if (victim == lowest) {
         lowest = least_from(candidates, count, victim + 1, storage);
       } else if (mine == victim) {
-        mine = ~Rank{0};
+        mine = kNoRank;
       }
     }
-    if (enters && lane_index() == key - prefix) mine = rank;
+    if (enters && lane_index() == key - head.prefix) mine = rank;
   }
-  if (threadIdx.x < 32 && mine != ~Rank{0}) writer.never_evicted(key_of(mine));
+  if (threadIdx.x < 32 && mine != kNoRank) writer.never_evicted(key_of(mine));
+}
+
+// What the CTAs of the head counted, for all threads.
+__device__ inline void read_counts(const FewHead& head, FewStorage& storage) {
+  if (threadIdx.x == 0) {  // atomically: a cache may hold older values
+    storage.sure = atomicAdd(&head.line.num_sure, 0u);
+    storage.candidates = atomicAdd(&head.line.num_candidates, 0u);
+  }
+  __syncthreads();
 }
 
 // Expiry of the candidates and of the rows' own keys.
-__device__ inline void settle(const FewProblem& problem, const Sequence& sequence, int head,
-                              unsigned surely_kept, unsigned common_bin, FewStorage& storage) {
-  const std::int64_t line = problem.line(sequence, head);
-  const ExpiryWriter writer = problem.select.writer_of(sequence, head);
-  const unsigned count = problem.state.num_candidates[line];
-  const Rank* candidates = problem.state.candidates + line * sequence.seqlen_k;
+__device__ inline void settle(const FewHead& head, FewBounds bounds, FewStorage& storage) {
+  const unsigned window = head.problem.select.keep_window;
+  const unsigned rows = head.sequence.seqlen_k - head.prefix;
+  read_counts(head, storage);
+  // The rows evict no more than one survivor each: of the window's best, all but so many need no order.
+  const bool few_sure = storage.sure + min(window, rows) <= window;
+  const bool enough = bounds.lower == kLeastRank || storage.sure + storage.candidates >= window;
+  if (!few_sure || !enough) {
+    __syncthreads();  // the counts are read
+    if (threadIdx.x == 0) {
+      atomicExch(&head.line.num_sure, 0u);
+      atomicExch(&head.line.num_candidates, 0u);
+    }
+    bounds = {kLeastRank, kNoRank};
+    float scores[kFewPerThread];
+    load_scores(head.scores, 0, head.prefix, scores);
+    split_range(head, 0, head.prefix, bounds, scores, storage);
+    read_counts(head, storage);
+  }
+  const unsigned count = storage.candidates;
+  const Rank* candidates = head.candidates;
   if (count <= FewStorage::kCached) {
     for (unsigned i = threadIdx.x; i < count; i += kFewThreads) storage.cached[i] = candidates[i];
     candidates = storage.cached;
     __syncthreads();
   }
-  const unsigned window = problem.select.keep_window;
-  const unsigned places = window - min(window, surely_kept);
+  const unsigned places = window - storage.sure;
   const unsigned kept = min(places, count);
-  const Rank bound =
-      kept < count ? (kept == 0 ? ~Rank{0} : bound_of_best(candidates, count, kept, common_bin, storage)) : 0;
+  Rank bound = 0;
+  if (kept < count) {
+    bound = kept == 0 ? kNoRank : bound_of_best(candidates, count, kept, bounds.lower, storage);
+  }
   for_each_candidate(candidates, count, [&](Rank rank) {
     const int key = key_of(rank);
     if (rank >= bound) {
-      writer.never_evicted(key);
+      head.writer.never_evicted(key);
     } else {
-      writer.dropped(key, key);
+      head.writer.dropped(key, key);
     }
   });
   __syncthreads();
-  evict_by_rows(problem, sequence, head, writer, candidates, count, bound, places - kept, storage);
+  evict_by_rows(head, candidates, count, bound, places - kept, storage);
 }
 
 __global__ void __launch_bounds__(kFewThreads, 2) split_keys(const __grid_constant__ FewProblem problem) {
-  __shared__ FewStorage storage;
-  const SelectProblem& select = problem.select;
-  const auto [sequence, head, tile] = find_piece(select, select.tiles);
-  const std::int64_t line = problem.line(sequence, head);
-  const int prefix = select.cut.prefix(sequence.seqlen_k);
-  const HeadScores scores = select.scores_of(sequence, head);
-  const ExpiryWriter writer = select.writer_of(sequence, head);
+  auto& storage = *reinterpret_cast<FewStorage*>(dynamic_shared_memory());
+  const auto [sequence, head_index, tile] = find_piece(problem.select, problem.select.tiles);
+  const FewHead head(problem, sequence, head_index);
   const int begin = tile * problem.select.tiles.unit;
-  const int end = min(begin + problem.select.tiles.unit, prefix);
-  unsigned bits[kFewPerThread];
-  load_bits(scores, begin, end, bits);
-
-  // The rows evict no more than one survivor each: of the window's best, all but so many are kept for good.
-  const unsigned window = select.keep_window;
-  const unsigned rows = sequence.seqlen_k - prefix;
-  const unsigned safe = window - min(window, rows);
-  storage.finder.find(problem.state.histogram + line * kDigitBins, 1, {window, max(safe, 1u)});
-  const BinFinder& finder = storage.finder;
-  const bool all_safe = finder.total <= safe;
-  const unsigned lowest_bin = finder.total == 0 ? kDigitBins : finder.bin[0];
-  const unsigned highest_bin = all_safe || safe == 0 ? kDigitBins - 1 : finder.bin[1];
-  const unsigned surely_kept = all_safe ? finder.total : safe == 0 ? 0 : finder.above[1];
-
-  for (int first = begin; first < end; first += kFewTile) {
-    unsigned next_bits[kFewPerThread];
-    load_bits(scores, first + kFewTile, end, next_bits);
-    unsigned candidates = 0;  // bit i: bits[i] is one
-    unsigned mine = 0;
-#pragma unroll
-    for (int i = 0; i < kFewPerThread; ++i) {
-      const unsigned digit = bits[i] >> kDigitShift;
-      const bool candidate = bits[i] != 0 && !all_safe && digit >= lowest_bin && digit <= highest_bin;
-      candidates |= candidate ? 1u << i : 0;
-      mine += candidate ? 1 : 0;
-    }
-    unsigned place = 0;
-    if (__any_sync(kFullWarp, mine != 0)) {
-      unsigned until = mine;  // of this lane and those before it
-      for (int step = 1; step < 32; step *= 2) {
-        const unsigned before = __shfl_up_sync(kFullWarp, until, step);
-        if (lane_index() >= step) until += before;
-      }
-      if (lane_index() == 31) place = atomicAdd(problem.state.num_candidates + line, until);
-      place = __shfl_sync(kFullWarp, place, 31) + until - mine;
-    }
-    int expiry[kFewPerThread];  // of candidates anything: it is settled later
-#pragma unroll
-    for (int i = 0; i < kFewPerThread; ++i) {
-      const int key = few_key(first, i);
-      if ((candidates >> i & 1) != 0) {
-        problem.state.candidates[line * sequence.seqlen_k + place++] = make_rank(bits[i], key);
-      }
-      const bool kept = all_safe || bits[i] >> kDigitShift > highest_bin;
-      expiry[i] = bits[i] == 0 ? key
-                  : kept       ? writer.value_never_evicted(key)
-                               : writer.value_dropped(key, key);
-    }
-    store_expiry(writer, first, end, expiry);
-#pragma unroll
-    for (int i = 0; i < kFewPerThread; ++i) bits[i] = next_bits[i];
-  }
-
-  __threadfence();  // the candidates are written before the CTA counts as finished
-  __syncthreads();
+  const int end = min(begin + problem.select.tiles.unit, head.prefix);
+  // The scores are the caller's: they may be read while sample_scores, which started in order, runs.
+  float scores[kFewPerThread];
+  load_scores(head.scores, begin, end, scores);
+  wait_for_previous_kernel();
+  const FewBounds bounds = head.line.bounds;
+  split_range(head, begin, end, bounds, scores, storage);
   if (threadIdx.x == 0) {
-    const unsigned ctas = select.tiles.per_sequence;
-    storage.is_last = atomicAdd(problem.state.num_finished + line, 1u) == ctas - 1;
+    const unsigned ctas = problem.select.tiles.per_sequence;
+    storage.is_last = atomicAdd(&head.line.num_finished, 1u) == ctas - 1;
     __threadfence();
   }
   __syncthreads();
-  const unsigned common_bin = lowest_bin == highest_bin ? lowest_bin : kDigitBins;
-  if (storage.is_last) settle(problem, sequence, head, surely_kept, common_bin, storage);
+  if (storage.is_last) settle(head, bounds, storage);
 }
 
 }  // namespace flash_dmattn::cuda

@@ -14,8 +14,8 @@ namespace {
 using Run = cudaError_t (*)(const ForwardArgs&, const DecodeBuffers&, cudaStream_t);
 
 // A window's keys make short splits, enough for every multiprocessor. A whole cache makes longer ones, which
-// spare sums to combine.
-constexpr int kWindowSplit = 128;
+// spare sums to combine. How many keys a caller's own expiry leaves is known on the device alone.
+constexpr int kWindowSplit = kDecodeLeastSplit;
 constexpr int kCacheSplit = 1024;
 
 bool is_listed(const ForwardArgs& args) { return args.expiry.present() || args.bias.present(); }
@@ -32,6 +32,7 @@ DecodeSizes decode_sizes(const ForwardArgs& args, const Geometry& geometry) {
   sizes.split_keys =
       static_cast<int>(std::max<std::int64_t>(windowed ? kWindowSplit : kCacheSplit, least_split));
   sizes.splits = static_cast<int>(std::max<std::int64_t>(ceil_div(most, sizes.split_keys), 1));
+  if (args.expiry.present() && !windowed) sizes.split_keys = 0;
   sizes.tiles_m = static_cast<int>(ceil_div(geometry.seqlen_q * geometry.group(), kDecodeTileM));
   return sizes;
 }
@@ -66,7 +67,7 @@ cudaError_t run(const ForwardArgs& args, const DecodeBuffers& buffers, cudaStrea
   if (status != cudaSuccess) return status;
   return launch(decode_kernel<Config>,
                 {static_cast<unsigned>(lines * sizes.tiles_m * sizes.splits), Config::kThreads,
-                 sizeof(typename Config::SharedMemory), stream},
+                 sizeof(typename Config::SharedMemory), stream, sizes.lists > 0},
                 params);
 }
 

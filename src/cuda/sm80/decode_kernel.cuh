@@ -45,8 +45,9 @@ __global__ void __launch_bounds__(kListThreads, 4)
     list_keys(const __grid_constant__ DecodeParams<Element> params) {
   constexpr int kGroups = kDecodeListTile / kListThreads / 4;  // of four neighbouring keys, of a thread
   constexpr int kWarps = kListThreads / 32;
-  static_assert(kGroups * kWarps == 32, "a warp adds them up");
-  __shared__ int offsets[32];  // [kGroups][kWarps]: keys listed, then keys listed before
+  static_assert(kGroups == 4 && kWarps <= 32, "counts of four groups share a word, a lane adds for a warp");
+  __shared__ int listed_by[kWarps];
+  let_next_kernel_start();
   const Geometry& geometry = params.geometry;
   const DecodeBuffers& buffers = params.buffers;
   const int list = static_cast<int>(blockIdx.x % buffers.sizes.lists);
@@ -57,74 +58,77 @@ __global__ void __launch_bounds__(kListThreads, 4)
   const int warp = thread / 32;
   const int lane = thread % 32;
   const int first = list * kDecodeListTile;
+  const int own = first + warp * (32 * 4 * kGroups) + lane * 4;  // the first key of the thread's first group
   const int* expiry = params.expiry.present() ? params.expiry.head(geometry, sequence, 0, head) : nullptr;
   const float* bias = params.bias.present() ? params.bias.head(geometry, sequence, 0, head) : nullptr;
   const bool vectors = expiry != nullptr && params.expiry.stride == 1 &&
                        first + kDecodeListTile <= geometry.seqlen_k &&
                        reinterpret_cast<std::uintptr_t>(expiry + first) % 16 == 0;
-  int until[kGroups][4];
+  const auto until = [&](int key) {
+    if (key >= geometry.seqlen_k) return 0;
+    return expiry == nullptr ? geometry.seqlen_k : min(expiry[key * params.expiry.stride], geometry.seqlen_k);
+  };
+  int4 groups[kGroups];
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    const int key = first + (g * kListThreads + thread) * 4;
-    if (vectors) {
-      const int4 four = *reinterpret_cast<const int4*>(expiry + key);
-      until[g][0] = four.x;
-      until[g][1] = four.y;
-      until[g][2] = four.z;
-      until[g][3] = four.w;
-      continue;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      until[g][i] = 0;
-      if (key + i >= geometry.seqlen_k) continue;
-      until[g][i] = expiry == nullptr ? geometry.seqlen_k : expiry[(key + i) * params.expiry.stride];
-    }
+    const int key = own + g * (32 * 4);
+    groups[g] = vectors ? *reinterpret_cast<const int4*>(expiry + key)
+                        : make_int4(until(key), until(key + 1), until(key + 2), until(key + 3));
   }
   const int first_position = params.position(0);
-  unsigned listed[kGroups];  // bit i: the key of until[g][i]
-  int until_lane[kGroups];   // keys listed by this lane and those before it
+  unsigned listed = 0;  // bit 4 * g + i: key i of group g
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    listed[g] = 0;
+    const int ends[4] = {groups[g].x, groups[g].y, groups[g].z, groups[g].w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int key = first + (g * kListThreads + thread) * 4 + i;
-      until[g][i] = min(until[g][i], geometry.seqlen_k);
-      if (until[g][i] <= max(key, first_position)) continue;
-      if (bias == nullptr || bias[key * params.bias.stride] != -INFINITY) listed[g] |= 1u << i;
+      listed |= ends[i] > max(own + g * (32 * 4) + i, first_position) ? 1u << (4 * g + i) : 0;
     }
-    until_lane[g] = __popc(listed[g]);
-    for (int step = 1; step < 32; step *= 2) {
-      const int before = __shfl_up_sync(0xffffffffu, until_lane[g], step);
-      if (lane >= step) until_lane[g] += before;
-    }
-    if (lane == 31) offsets[g * kWarps + warp] = until_lane[g];
   }
-  __syncthreads();
-  if (warp == 0) {
-    const int own = offsets[lane];
-    int sum = own;
-    for (int step = 1; step < 32; step *= 2) {
-      const int before = __shfl_up_sync(0xffffffffu, sum, step);
-      if (lane >= step) sum += before;
+  if (bias != nullptr && listed != 0) {
+    float values[4 * kGroups];  // all on the way at once
+#pragma unroll
+    for (int i = 0; i < 4 * kGroups; ++i) {
+      const int key = own + i / 4 * (32 * 4) + i % 4;
+      values[i] = (listed >> i & 1) != 0 ? bias[key * params.bias.stride] : 0;
     }
-    offsets[lane] = sum - own;
-    if (lane == 31) buffers.counts[blockIdx.x] = sum;
+#pragma unroll
+    for (int i = 0; i < 4 * kGroups; ++i) listed &= values[i] == -INFINITY ? ~(1u << i) : ~0u;
   }
+  unsigned counts = 0;  // byte g: of group g
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    counts |= static_cast<unsigned>(__popc(listed >> (4 * g) & 15u)) << (8 * g);
+  }
+  unsigned until_lane = counts;  // of this lane and those before it
+  for (int step = 1; step < 32; step *= 2) {
+    const unsigned before = __shfl_up_sync(0xffffffffu, until_lane, step);
+    if (lane >= step) until_lane += before;
+  }
+  const unsigned of_warp = __shfl_sync(0xffffffffu, until_lane, 31);
+  int place = 0;
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) place += static_cast<int>(of_warp >> (8 * g) & 0xff);
+  if (lane == 0) listed_by[warp] = place;
   __syncthreads();
+  const int before = __reduce_add_sync(0xffffffffu, lane < min(warp, kWarps) ? listed_by[lane] : 0);
+  if (thread == kListThreads - 1) buffers.counts[blockIdx.x] = before + place;
+  place = before;
   PlanEntry* const entries = buffers.entries + line * geometry.seqlen_k + first;
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    int place = offsets[g * kWarps + warp] + until_lane[g] - __popc(listed[g]);
+    int at = place + static_cast<int>((until_lane - counts) >> (8 * g) & 0xff);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if ((listed[g] >> i & 1) == 0) continue;
-      entries[place++] = {first + (g * kListThreads + thread) * 4 + i, until[g][i]};
+      if ((listed >> (4 * g + i) & 1) == 0) continue;
+      const int key = own + g * (32 * 4) + i;
+      entries[at++] = {key, until(key)};
     }
+    place += static_cast<int>(of_warp >> (8 * g) & 0xff);
   }
-  if (list == 0 && thread < buffers.sizes.tiles_m) {
-    buffers.finished[line * buffers.sizes.tiles_m + thread] = 0;
+  if (list != 0) return;
+  for (int tile = thread; tile < buffers.sizes.tiles_m; tile += kListThreads) {
+    buffers.finished[line * buffers.sizes.tiles_m + tile] = 0;
   }
 }
 
@@ -161,6 +165,13 @@ struct DecodeConfig {
     bool is_last;
   };
 };
+
+// Keys of a split of a list of `size`.
+__device__ __forceinline__ int split_length(const DecodeSizes& sizes, int size) {
+  if (sizes.split_keys > 0) return sizes.split_keys;
+  return max(static_cast<int>(ceil_div(ceil_div(size, sizes.splits), kDecodeLeastSplit)), 1) *
+         kDecodeLeastSplit;
+}
 
 // The keys of a head as one row of entries, whatever lists they are in.
 template <int kThreads>
@@ -204,74 +215,91 @@ class DecodeList {
   const PlanEntry* entries_ = nullptr;
 };
 
-// out and lse of the 16 rows from the results of all splits, which one CTA reads with many loads in flight.
+// The weights of the splits in each of the 16 rows, in shared.stats[split][row].x, and lse. A warp takes a
+// row, its lanes the splits.
+template <typename Config>
+__device__ void weigh_splits(const DecodeParams<typename Config::Element>& params, int sequence,
+                             int first_head, const float2* stats, int splits,
+                             typename Config::SharedMemory& shared) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  for (int m = static_cast<int>(threadIdx.x / 32); m < kDecodeTileM; m += Config::kWarps) {
+    const RowPlace place = shared.places[m];
+    if (place.row < 0) continue;
+    float max = -INFINITY;
+    for (int split = lane; split < splits; split += 32) {
+      const float2 stat = stats[split * kDecodeTileM + m];
+      shared.stats[split][m] = stat;
+      max = fmaxf(max, stat.x);
+    }
+    for (int step = 16; step > 0; step /= 2) max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, step));
+    // No split saw a key: subtract 0, since (-inf) - (-inf) is NaN.
+    const float base = max == -INFINITY ? 0 : max;
+    float sum = 0;
+    for (int split = lane; split < splits; split += 32) {
+      float2& stat = shared.stats[split][m];
+      stat.x = exp2_approx(stat.x - base);
+      sum = fmaf(stat.x, stat.y, sum);
+    }
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    if (lane != 0) continue;
+    shared.sum[0][m] = sum == 0 ? 0 : 1 / sum;
+    if (params.lse.present()) {
+      params.lse.head(params.geometry, sequence, 0, first_head + place.head)[place.row * params.lse.stride] =
+          sum == 0 ? -INFINITY : (max + log2f(sum)) * kLn2;
+    }
+  }
+  __syncthreads();
+}
+
+// out and lse of the 16 rows from the results of all splits, which one CTA reads with many loads in flight. A
+// thread takes four columns of a row.
 template <typename Config>
 __device__ void combine_splits(const DecodeParams<typename Config::Element>& params, int sequence,
                                int first_head, std::int64_t first_partial, int splits,
                                typename Config::SharedMemory& shared) {
   using Element = typename Config::Element;
   constexpr int kHeadDim = Config::kHeadDim;
-  const Geometry& geometry = params.geometry;
-  const float2* stats = params.buffers.stats + first_partial * kDecodeTileM;
-  for (int index = static_cast<int>(threadIdx.x); index < splits * kDecodeTileM; index += Config::kThreads) {
-    if (shared.places[index % kDecodeTileM].row < 0) continue;
-    shared.stats[index / kDecodeTileM][index % kDecodeTileM] = stats[index];
-  }
-  __syncthreads();
-  const int m = static_cast<int>(threadIdx.x);
-  if (m < kDecodeTileM && shared.places[m].row >= 0) {
-    float max = -INFINITY;
-    for (int split = 0; split < splits; ++split) max = fmaxf(max, shared.stats[split][m].x);
-    // No split saw a key: subtract 0, since (-inf) - (-inf) is NaN.
-    const float base = max == -INFINITY ? 0 : max;
-    float sum = 0;
-    for (int split = 0; split < splits; ++split) {
-      float2& stat = shared.stats[split][m];
-      stat.x = exp2_approx(stat.x - base);
-      sum = fmaf(stat.x, stat.y, sum);
+  constexpr int kQuads = kHeadDim / 4;
+  constexpr int kBatch = 20;  // splits loaded at a time: those of a window of 2048 keys and 16 rows are 17
+  const auto* partials =
+      reinterpret_cast<const float4*>(params.buffers.partials) + first_partial * (kDecodeTileM * kQuads);
+  float4 parts[kBatch];
+  const auto load = [&](int unit, int first) {
+#pragma unroll
+    for (int s = 0; s < kBatch; ++s) {
+      const bool there = first + s < splits && shared.places[unit / kQuads].row >= 0;
+      parts[s] = there ? partials[(first + s) * static_cast<std::int64_t>(kDecodeTileM * kQuads) + unit]
+                       : make_float4(0, 0, 0, 0);
     }
-    shared.sum[0][m] = sum == 0 ? 0 : 1 / sum;
-    const RowPlace place = shared.places[m];
-    if (params.lse.present()) {
-      params.lse.head(geometry, sequence, 0, first_head + place.head)[place.row * params.lse.stride] =
-          sum == 0 ? -INFINITY : (max + log2f(sum)) * kLn2;
+  };
+  const int thread = static_cast<int>(threadIdx.x);
+  load(thread, 0);  // on the way while the splits are weighed
+  weigh_splits<Config>(params, sequence, first_head, params.buffers.stats + first_partial * kDecodeTileM,
+                       splits, shared);
+  for (int unit = thread; unit < kDecodeTileM * kQuads; unit += Config::kThreads) {
+    const int row = unit / kQuads;
+    const RowPlace place = shared.places[row];
+    if (place.row < 0) break;  // the rows behind are none either
+    float sums[4] = {};
+    for (int first = 0; first < splits; first += kBatch) {
+      if (unit != thread || first != 0) load(unit, first);
+#pragma unroll
+      for (int s = 0; s < kBatch; ++s) {
+        if (first + s >= splits) break;
+        const float weight = shared.stats[first + s][row].x;
+        sums[0] = fmaf(weight, parts[s].x, sums[0]);
+        sums[1] = fmaf(weight, parts[s].y, sums[1]);
+        sums[2] = fmaf(weight, parts[s].z, sums[2]);
+        sums[3] = fmaf(weight, parts[s].w, sums[3]);
+      }
     }
-  }
-  __syncthreads();
-  constexpr int kRows = 4;    // of a thread at a time
-  constexpr int kSplits = 8;  // loaded at a time
-  constexpr int kTile = kDecodeTileM * kHeadDim;
-  const float* partials = params.buffers.partials + first_partial * kTile;
-  for (int column = m; column < params.head_dim; column += Config::kThreads) {
-    for (int row = 0; row < kDecodeTileM && shared.places[row].row >= 0; row += kRows) {
-      float sums[kRows] = {};
-      for (int split = 0; split < splits; split += kSplits) {
-        float parts[kSplits][kRows];
+    Element* out = params.out.head(params.geometry, sequence, 0, first_head + place.head) +
+                   place.row * params.out.row_stride;
 #pragma unroll
-        for (int s = 0; s < kSplits; ++s) {
-#pragma unroll
-          for (int r = 0; r < kRows; ++r) {
-            const bool there = split + s < splits && shared.places[row + r].row >= 0;
-            const std::int64_t part = static_cast<std::int64_t>(split + s) * kTile + (row + r) * kHeadDim;
-            parts[s][r] = there ? partials[part + column] : 0;
-          }
-        }
-#pragma unroll
-        for (int s = 0; s < kSplits; ++s) {
-#pragma unroll
-          for (int r = 0; r < kRows; ++r) {
-            if (split + s < splits) sums[r] = fmaf(shared.stats[split + s][row + r].x, parts[s][r], sums[r]);
-          }
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const RowPlace place = shared.places[row + r];
-        if (place.row < 0) continue;
-        Element* out = params.out.head(geometry, sequence, 0, first_head + place.head);
-        const std::uint32_t bits = pack<Element>(sums[r] * shared.sum[0][row + r], 0);
-        out[place.row * params.out.row_stride + column] = Element{static_cast<std::uint16_t>(bits)};
-      }
+    for (int c = 0; c < 4; ++c) {
+      const int column = unit % kQuads * 4 + c;
+      const std::uint32_t bits = pack<Element>(sums[c] * shared.sum[0][row], 0);
+      if (column < params.head_dim) out[column] = Element{static_cast<std::uint16_t>(bits)};
     }
   }
 }
@@ -294,14 +322,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   const int head_kv = static_cast<int>(line % geometry.heads_kv);
   const int first_head = head_kv * geometry.group();
 
-  const DecodeList<kThreads> list(params, line, shared);
-  // The last split takes what is left: a selection of the caller's own may be longer than its window.
-  const int splits = max(min(static_cast<int>(ceil_div(list.size, sizes.split_keys)), sizes.splits), 1);
-  if (split >= splits) return;
-  const int begin = split * sizes.split_keys;
-  const int end = split == splits - 1 ? list.size : begin + sizes.split_keys;
-
-  // Q.
+  // Q, which may be read while list_keys, which started in order, runs.
   const RowCopy<kHeadDim, kThreads> copy(params.head_dim);
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < kDecodeTileM) {
@@ -320,6 +341,18 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
       },
       [&](int m) { return shared.places[m].row >= 0; });
   cp_async_commit();
+
+  wait_for_previous_kernel();
+  const DecodeList<kThreads> list(params, line, shared);
+  const int split_keys = split_length(sizes, list.size);
+  // The last split takes what is left: a selection of the caller's own may be longer than its window.
+  const int splits = max(min(static_cast<int>(ceil_div(list.size, split_keys)), sizes.splits), 1);
+  if (split >= splits) {
+    cp_async_wait<0>();
+    return;
+  }
+  const int begin = split * split_keys;
+  const int end = split == splits - 1 ? list.size : begin + split_keys;
 
   const SharedAddress query_tile = shared_address(shared.query);
   const SharedAddress key_tile = shared_address(shared.tiles.key);
