@@ -35,6 +35,8 @@ constexpr std::array kForwardKernels = {
 #if FLASH_DMATTN_CUDA
     Kernel<ForwardArgs>{"sm80 decode", DeviceType::kCuda, cuda::decode_why_not, cuda::decode_workspace_bytes,
                         cuda::decode},
+    Kernel<ForwardArgs>{"sm90", DeviceType::kCuda, cuda::forward_sm90_why_not,
+                        cuda::forward_sm90_workspace_bytes, cuda::forward_sm90},
     Kernel<ForwardArgs>{"sm80", DeviceType::kCuda, cuda::forward_why_not, cuda::forward_workspace_bytes,
                         cuda::forward},
 #endif

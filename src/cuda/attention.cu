@@ -16,6 +16,7 @@
 #include "cuda/selection/plan_builder.h"
 #include "cuda/sm80/dense.h"
 #include "cuda/sm80/kernels.h"
+#include "cuda/sm90/kernels.h"
 
 namespace flash_dmattn::cuda {
 namespace {
@@ -163,6 +164,43 @@ Status forward(const ForwardArgs& args, const Target& target, const Workspace& w
   if (status == cudaSuccess) status = sm80::forward(args, plan.view, target.device_index, stream);
   return device_status("forward", status);
 }
+
+#if FLASH_DMATTN_SM90
+std::string forward_sm90_why_not(const ForwardArgs& args, const Target& target) {
+  const std::string reason = common_why_not(args, target);
+  if (!reason.empty()) return reason;
+  if (has_dense(args)) return "takes no mask and no dense bias";
+  return sm90::forward_why_not(args, target.device_index);
+}
+
+std::size_t forward_sm90_workspace_bytes(const ForwardArgs& args, const Target&) {
+  if (is_empty(make_geometry(args))) return 0;
+  Arena arena;
+  const CallPlan plan = cut_call_plan(arena, args);
+  sm90::cut_forward(arena, args, plan.view);
+  return arena.bytes();
+}
+
+Status forward_sm90(const ForwardArgs& args, const Target& target, const Workspace& workspace) {
+  const Geometry geometry = make_geometry(args);
+  if (is_empty(geometry) || geometry.total_q() == 0) return {};
+  const DeviceGuard guard(target.device_index);
+  if (guard.status() != cudaSuccess) return device_status("forward", guard.status());
+  const auto stream = static_cast<cudaStream_t>(target.stream);
+  Arena arena(workspace);
+  const CallPlan plan = cut_call_plan(arena, args);
+  const sm90::ForwardBuffers buffers = sm90::cut_forward(arena, args, plan.view);
+  cudaError_t status = build_call_plan(plan, args, stream);
+  if (status == cudaSuccess) status = sm90::forward(args, plan.view, buffers, target.device_index, stream);
+  return device_status("forward", status);
+}
+#else
+std::string forward_sm90_why_not(const ForwardArgs&, const Target&) {
+  return "this build has no code for compute capability 9.0a";
+}
+std::size_t forward_sm90_workspace_bytes(const ForwardArgs&, const Target&) { return 0; }
+Status forward_sm90(const ForwardArgs&, const Target&, const Workspace&) { return {}; }
+#endif
 
 std::string backward_why_not(const BackwardArgs& args, const Target& target) {
   std::string reason = common_why_not(args, target);

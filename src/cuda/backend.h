@@ -22,6 +22,11 @@ std::string forward_why_not(const ForwardArgs& args, const Target& target);
 std::size_t forward_workspace_bytes(const ForwardArgs& args, const Target& target);
 Status forward(const ForwardArgs& args, const Target& target, const Workspace& workspace);
 
+// The forward on Hopper.
+std::string forward_sm90_why_not(const ForwardArgs& args, const Target& target);
+std::size_t forward_sm90_workspace_bytes(const ForwardArgs& args, const Target& target);
+Status forward_sm90(const ForwardArgs& args, const Target& target, const Workspace& workspace);
+
 // The forward of few rows over many keys.
 std::string decode_why_not(const ForwardArgs& args, const Target& target);
 std::size_t decode_workspace_bytes(const ForwardArgs& args, const Target& target);

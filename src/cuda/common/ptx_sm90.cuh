@@ -95,19 +95,26 @@ __device__ __forceinline__ void register_increase() {
 // Operands in shared memory are tiles of rows of 128 bytes, 8 rows to an atom of 1024 bytes aligned to 1024,
 // whose 16-byte chunk c of row r lies in the place c ^ (r % 8) (the 128-byte swizzle).
 //   K-major:  the rows are those of a, or the columns of b; 16 elements of a row, 32 bytes, enter a product.
-//   MN-major: the rows are the 16 k; a product reads two atoms for each 64 columns of b, and the tiles of
-//             neighbouring 64 columns are `tile_bytes` apart.
+//   MN-major: the rows are the 16 k; a product reads two atoms for each 64 columns of b.
 // Products are asynchronous: neither the registers nor the tiles may be touched before wgmma_wait.
 
-// A tile of rows in shared memory; adding a multiple of 16 bytes, divided by 16, moves it.
-using Operand = std::uint32_t;
+// A tile of rows in shared memory. `atom_bytes` lie between neighbouring atoms of 8 rows, `column_bytes`
+// (MN-major alone) between the atoms of neighbouring 64 columns; adding bytes, a multiple of 16, moves it.
+struct Operand {
+  std::uint32_t place;
+  std::uint32_t layout;
 
-__device__ __forceinline__ Operand operand(SharedAddress tile, int tile_bytes = 16) {
-  return tile >> 4 | static_cast<std::uint32_t>(tile_bytes >> 4) << 16;
-}
-// Atoms of 1024 bytes follow each other; 128-byte swizzle.
-__device__ __forceinline__ std::uint64_t descriptor(Operand operand) {
-  return static_cast<std::uint64_t>(0x40000040u) << 32 | operand;
+  __device__ __forceinline__ Operand operator+(int bytes) const {
+    return {place + static_cast<std::uint32_t>(bytes / 16), layout};
+  }
+  __device__ __forceinline__ std::uint64_t descriptor() const {
+    return static_cast<std::uint64_t>(layout) << 32 | place;
+  }
+};
+__device__ __forceinline__ Operand operand(SharedAddress tile, int atom_bytes, int column_bytes = 0) {
+  constexpr std::uint32_t kSwizzle128 = 1u << 30;
+  return {tile >> 4 | static_cast<std::uint32_t>(column_bytes / 16) << 16,
+          kSwizzle128 | static_cast<std::uint32_t>(atom_bytes / 16)};
 }
 
 // Before the first product, and where registers that enter one have been written by other instructions.
@@ -149,28 +156,28 @@ __device__ void wgmma(float (&d)[kN / 2], const std::uint32_t (&a)[4], Operand b
       "+f"(d[30]), "+f"(d[31])
 #define FLASH_DMATTN_NAMES_40 \
   FLASH_DMATTN_NAMES_32       \
-      ", "                    \
-      "%32, %33, %34, %35, %36, %37, %38, %39"
+  ", "                        \
+  "%32, %33, %34, %35, %36, %37, %38, %39"
 #define FLASH_DMATTN_BIND_40                                                                          \
   FLASH_DMATTN_BIND_32, "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), \
       "+f"(d[38]), "+f"(d[39])
-#define FLASH_DMATTN_NAMES_64                    \
-  FLASH_DMATTN_NAMES_40                          \
-      ", "                                       \
-      "%40, %41, %42, %43, %44, %45, %46, %47, " \
-      "%48, %49, %50, %51, %52, %53, %54, %55, " \
-      "%56, %57, %58, %59, %60, %61, %62, %63"
+#define FLASH_DMATTN_NAMES_64                \
+  FLASH_DMATTN_NAMES_40                      \
+  ", "                                       \
+  "%40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, " \
+  "%56, %57, %58, %59, %60, %61, %62, %63"
 #define FLASH_DMATTN_BIND_64                                                                          \
   FLASH_DMATTN_BIND_40, "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), \
       "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]),      \
       "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]),      \
       "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-#define FLASH_DMATTN_NAMES_88                    \
-  FLASH_DMATTN_NAMES_64                          \
-      ", "                                       \
-      "%64, %65, %66, %67, %68, %69, %70, %71, " \
-      "%72, %73, %74, %75, %76, %77, %78, %79, " \
-      "%80, %81, %82, %83, %84, %85, %86, %87"
+#define FLASH_DMATTN_NAMES_88                \
+  FLASH_DMATTN_NAMES_64                      \
+  ", "                                       \
+  "%64, %65, %66, %67, %68, %69, %70, %71, " \
+  "%72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87"
 #define FLASH_DMATTN_BIND_88                                                                          \
   FLASH_DMATTN_BIND_64, "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), \
       "+f"(d[70]), "+f"(d[71]), "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]),      \
@@ -178,16 +185,16 @@ __device__ void wgmma(float (&d)[kN / 2], const std::uint32_t (&a)[4], Operand b
       "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87])
 
 // count: kN / 2 registers of d; A .. P: the numbers of the operands after them.
-#define FLASH_DMATTN_WGMMA_SHARED(Element, type, kN, count, A, B, P)                           \
-  template <>                                                                                  \
-  __device__ __forceinline__ void wgmma<Element, kN>(float(&d)[count], Operand a, Operand b,   \
-                                                     bool accumulate) {                        \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P                                       \
-                 ", 0;\n"                                                                      \
-                 "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." type "." type              \
-                 " {" FLASH_DMATTN_NAMES_##count "}, %" #A ", %" #B ", p, 1, 1, 0, 0;\n}"      \
-                 : FLASH_DMATTN_BIND_##count                                                   \
-                 : "l"(descriptor(a)), "l"(descriptor(b)), "r"(static_cast<int>(accumulate))); \
+#define FLASH_DMATTN_WGMMA_SHARED(Element, type, kN, count, A, B, P)                             \
+  template <>                                                                                    \
+  __device__ __forceinline__ void wgmma<Element, kN>(float(&d)[count], Operand a, Operand b,     \
+                                                     bool accumulate) {                          \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P                                         \
+                 ", 0;\n"                                                                        \
+                 "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." type "." type                \
+                 " {" FLASH_DMATTN_NAMES_##count "}, %" #A ", %" #B ", p, 1, 1, 0, 0;\n}"        \
+                 : FLASH_DMATTN_BIND_##count                                                     \
+                 : "l"(a.descriptor()), "l"(b.descriptor()), "r"(static_cast<int>(accumulate))); \
   }
 #define FLASH_DMATTN_WGMMA_REGISTERS(Element, type, kN, count, A0, A1, A2, A3, B, P)                 \
   template <>                                                                                        \
@@ -199,7 +206,7 @@ __device__ void wgmma(float (&d)[kN / 2], const std::uint32_t (&a)[4], Operand b
                  " {" FLASH_DMATTN_NAMES_##count "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B \
                                                  ", p, 1, 1, 1;\n}"                                  \
                  : FLASH_DMATTN_BIND_##count                                                         \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor(b)),                   \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()),                  \
                    "r"(static_cast<int>(accumulate)));                                               \
   }
 

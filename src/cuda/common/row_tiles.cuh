@@ -73,8 +73,11 @@ struct RowTiles {
 
   // The tile of a CTA, the last rows, which have most to do, first; false if there is none.
   __device__ bool locate(const Geometry& geometry, std::int64_t cta, RowTile& tile) const {
-    const int chunk = static_cast<int>(cta / num_tiles);
-    const int id = num_tiles - 1 - static_cast<int>(cta % num_tiles);
+    return locate(geometry, static_cast<int>(cta / num_tiles), static_cast<int>(cta % num_tiles), tile);
+  }
+  // The same of a head chunk.
+  __device__ bool locate(const Geometry& geometry, int chunk, int number_from_last, RowTile& tile) const {
+    const int id = num_tiles - 1 - number_from_last;
     int first = 0;
     if (geometry.packed()) {
       const int index = owner_of(id, geometry.num_sequences, [&](int candidate) {
@@ -103,5 +106,27 @@ struct RowTiles {
     return true;
   }
 };
+
+// The row and the head of each row of a tile of queries; row -1: the tile has fewer rows.
+struct RowPlace {
+  int row;
+  int head;
+};
+
+template <int kTileM, int kThreads>
+__device__ __forceinline__ void place_rows(RowPlace (&places)[kTileM], int num_heads, int num_rows) {
+  for (int m = static_cast<int>(threadIdx.x); m < kTileM; m += kThreads) {
+    const int row = m / num_heads;
+    places[m] = {row < num_rows ? row : -1, m - row * num_heads};
+  }
+}
+
+// The first row of a tile in the first of its heads.
+template <typename Element>
+__device__ __forceinline__ Element* tile_rows(const RowsTensor<Element>& rows, const Geometry& geometry,
+                                              const RowTile& tile) {
+  return rows.head(geometry, tile.sequence.index, tile.sequence.begin_q, tile.first_head) +
+         tile.first_row * rows.row_stride;
+}
 
 }  // namespace flash_dmattn::cuda

@@ -54,9 +54,7 @@ cudaError_t run_keys(const BackwardParams<typename Config::Element>& params, con
                                            buffers.partial_rows, static_cast<int>(keys), stream);
     if (status != cudaSuccess) return status;
   }
-  const std::int64_t blocks_per_head = params.plan.present()
-                                           ? params.plan.layout.num_blocks
-                                           : total_k / kBlock + params.geometry.num_sequences;
+  const std::int64_t blocks_per_head = KeyBlocks::per_head(params.geometry, params.plan);
   status = launch(key_grad_kernel<Config>,
                   {static_cast<unsigned>(params.num_heads * blocks_per_head), Config::kThreads,
                    sizeof(typename Config::SharedMemory), stream},

@@ -14,6 +14,7 @@
 // partials.cuh.
 #pragma once
 
+#include "cuda/common/key_blocks.cuh"
 #include "cuda/sm80/params.h"
 #include "cuda/sm80/partials.cuh"
 #include "cuda/sm80/tile.cuh"
@@ -52,57 +53,19 @@ constexpr float kProbabilityScale = 1;
 template <>
 inline constexpr float kProbabilityScale<Float16> = 4096;
 
-// The block of a CTA and the rows that see some key of it.
-struct KeyGradItem {
-  Sequence sequence;
-  int head_kv = 0;
-  int segment = 0;
-  int segment_length = 0;
-  KeyTile keys;
-  BlockHull hull;     // in positions
-  int begin_row = 0;  // rows [begin_row, end_row) of the sequence meet the hull
+// The block of a CTA, and the rows that see some key of it: [begin_row, end_row) of the sequence.
+struct KeyGradItem : KeyBlock {
+  int begin_row = 0;
   int end_row = 0;
-  KeyList list;
 };
 
 // False if the CTA has no block.
-__device__ __forceinline__ bool locate_block(const Geometry& geometry, const PlanView& plan, bool causal,
-                                             std::int64_t blocks_per_head, int first_head,
-                                             KeyGradItem& item) {
-  const PlanLayout& layout = plan.layout;
-  item.head_kv = first_head + static_cast<int>(blockIdx.x / blocks_per_head);
-  const int id = static_cast<int>(blockIdx.x % blocks_per_head);
-  const bool listed = plan.present();
-  const auto first_id = [&](int index) {
-    const std::int64_t begin_k = geometry.sequence(index).begin_k;
-    return listed ? PlanLayout::first_block(begin_k, index) : begin_k / kBlock + index;
-  };
-  const int index = owner_of(id, geometry.num_sequences, first_id);
-  item.sequence = geometry.sequence(index);
+__device__ __forceinline__ bool locate_item(const Geometry& geometry, const PlanView& plan, bool causal,
+                                            std::int64_t blocks_per_head, int first_head, KeyGradItem& item) {
+  const int head_kv = first_head + static_cast<int>(blockIdx.x / blocks_per_head);
+  const int number = static_cast<int>(blockIdx.x % blocks_per_head);
+  if (!KeyBlocks::locate(geometry, plan, causal, head_kv, number, item)) return false;
   const Sequence& sequence = item.sequence;
-  int block = static_cast<int>(id - first_id(index));
-  if (block < 0) return false;
-  int size = sequence.seqlen_k;
-  if (listed) {
-    item.segment_length = plan.segment_length(item.head_kv, index, geometry.num_sequences);
-    item.segment = causal ? PlanLayout::segment_of(block, item.segment_length) : 0;
-    if (static_cast<std::int64_t>(item.segment) * item.segment_length >= sequence.seqlen_k) return false;
-    const std::int64_t first = PlanLayout::block(sequence.begin_k, index, item.segment, item.segment_length);
-    block -= static_cast<int>(first - PlanLayout::first_block(sequence.begin_k, index));
-    size = plan.segment_sizes[item.head_kv * layout.num_segments + item.segment +
-                              PlanLayout::first_segment(sequence.begin_k, index)];
-    if (block * kBlock >= size) return false;
-    const std::int64_t first_entry = item.head_kv * layout.num_entries +
-                                     PlanLayout::entry(sequence.begin_k, item.segment, item.segment_length);
-    item.list.entries = plan.entries + first_entry;
-    item.list.bias = plan.bias == nullptr ? nullptr : plan.bias + first_entry;
-    item.hull = plan.hulls[item.head_kv * layout.num_blocks + first + block];
-  } else {
-    if (block * kBlock >= size) return false;
-    item.hull = {block * kBlock, size, block * kBlock + kBlock - 1, size};
-  }
-  item.keys.first = block * kBlock;
-  item.keys.count = min(kBlock, size - item.keys.first);
   if (causal) {
     const int first_position = sequence.first_position();
     item.begin_row = max(item.hull.begin - first_position, 0);
@@ -126,7 +89,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
 
   const Geometry& geometry = params.geometry;
   KeyGradItem item;
-  if (!locate_block(geometry, params.plan, params.causal, blocks_per_head, params.first_head, item)) return;
+  if (!locate_item(geometry, params.plan, params.causal, blocks_per_head, params.first_head, item)) return;
   const Sequence& sequence = item.sequence;
   const bool need_ds = params.dk.present() || params.dbias.present();
 

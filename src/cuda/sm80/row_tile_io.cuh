@@ -8,14 +8,6 @@
 
 namespace flash_dmattn::cuda::sm80 {
 
-// The first row of a tile in the first of its heads.
-template <typename Element>
-__device__ __forceinline__ Element* tile_rows(const RowsTensor<Element>& rows, const Geometry& geometry,
-                                              const RowTile& tile) {
-  return rows.head(geometry, tile.sequence.index, tile.sequence.begin_q, tile.first_head) +
-         tile.first_row * rows.row_stride;
-}
-
 // Begins the copy of the rows of a tile.
 template <int kHeadDim, int kTileM, int kThreads, typename Element>
 __device__ __forceinline__ void load_tile_rows(SharedAddress to, const RowCopy<kHeadDim, kThreads>& copy,

@@ -13,6 +13,7 @@
 #include "cuda/common/key_visits.cuh"
 #include "cuda/common/plan.cuh"
 #include "cuda/common/ptx.cuh"
+#include "cuda/common/row_tiles.cuh"
 
 namespace flash_dmattn::cuda::sm80 {
 
@@ -212,20 +213,6 @@ __device__ __forceinline__ void store_rows(const Element* tile, int first, int h
     } else {
       for (int i = 0; i < valid; ++i) data[chunk * 8 + i] = from[i];
     }
-  }
-}
-
-// The row and the head of each row of a tile of queries; row -1: the tile has fewer rows.
-struct RowPlace {
-  int row;
-  int head;
-};
-
-template <int kTileM, int kThreads>
-__device__ __forceinline__ void place_rows(RowPlace (&places)[kTileM], int num_heads, int num_rows) {
-  for (int m = static_cast<int>(threadIdx.x); m < kTileM; m += kThreads) {
-    const int row = m / num_heads;
-    places[m] = {row < num_rows ? row : -1, m - row * num_heads};
   }
 }
 
