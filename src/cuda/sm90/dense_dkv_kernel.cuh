@@ -27,7 +27,6 @@ using sm80::DenseLists;
 using sm80::DenseParams;
 using sm80::PairTensor;
 using sm80::PairType;
-using sm80::RowPlace;
 using sm80::RowStats;
 
 template <typename Element_, int kHeadDim_, int kCtasPerSm_>
@@ -292,14 +291,16 @@ __device__ __forceinline__ void round_to_operands(std::uint32_t (&a)[kCount / 8]
   }
 }
 
+constexpr int kAtomBytes = 8 * 128;  // of the swizzle
+
 // Queues acc = A B^T of two tiles of 64 rows.
 template <typename Config>
 __device__ __forceinline__ void queue_abt(float (&acc)[32], const unsigned char* a, const unsigned char* b) {
-  const Operand first = operand(shared_address(a));
-  const Operand second = operand(shared_address(b));
+  const Operand first = operand(shared_address(a), kAtomBytes);
+  const Operand second = operand(shared_address(b), kAtomBytes);
 #pragma unroll
   for (int k = 0; k < Config::kHeadDim / 16; ++k) {
-    const int step = (k / 4 * Config::kColumnsBytes + k % 4 * 32) / 16;
+    const int step = k / 4 * Config::kColumnsBytes + k % 4 * 32;
     wgmma<typename Config::Element, 64>(acc, first + step, second + step, k > 0);
   }
   wgmma_commit();
@@ -309,11 +310,10 @@ __device__ __forceinline__ void queue_abt(float (&acc)[32], const unsigned char*
 template <typename Config>
 __device__ __forceinline__ void queue_ab(float (&acc)[Config::kHeadDim / 2], const std::uint32_t (&a)[4][4],
                                          const unsigned char* b) {
-  const Operand rows = operand(shared_address(b), Config::kColumnsBytes);
+  const Operand rows = operand(shared_address(b), kAtomBytes, Config::kColumnsBytes);
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    wgmma<typename Config::Element, Config::kHeadDim>(acc, a[k], rows + k * (16 * Config::kRowBytes / 16),
-                                                      true);
+    wgmma<typename Config::Element, Config::kHeadDim>(acc, a[k], rows + k * 2 * kAtomBytes, true);
   }
   wgmma_commit();
 }
