@@ -8,7 +8,7 @@
 #include <deque>
 #include <vector>
 
-#include "emulator/qualifiers.h"
+#include "emulator/intrinsics.h"
 #include "machine_state.h"
 
 namespace emulator {
@@ -74,13 +74,13 @@ Barrier& find(std::uint32_t address, const Wait& at) {
   mark = {mark.index ^ kMark, mark.address ^ kMark};
   if (mark.address != address || mark.index >= barriers.in_memory.size() ||
       barriers.in_memory[mark.index].address != address) {
-    fail("%s at %s:%u: the barrier at shared address %u has %s", at.what, at.site.file_name(), at.site.line(),
-         address, barrier_at(address) == nullptr ? "not been initialised" : "been overwritten");
+    fail_at(at, "the barrier at shared address %u has %s", address,
+            barrier_at(address) == nullptr ? "not been initialised" : "been overwritten");
   }
   Barrier& barrier = barriers.in_memory[mark.index];
   if (!barrier.fenced && barrier.initialised_by != threadIdx.x) {
-    fail("%s at %s:%u: thread %u has initialised the barrier at shared address %u without fence_barrier_init",
-         at.what, at.site.file_name(), at.site.line(), barrier.initialised_by, address);
+    fail_at(at, "thread %u has initialised the barrier at shared address %u without fence_barrier_init",
+            barrier.initialised_by, address);
   }
   return barrier;
 }
@@ -95,9 +95,9 @@ void end_phase_if_complete(Barrier& barrier) {
 
 void arrive(Barrier& barrier, int expected_bytes, unsigned thread, const Wait& at) {
   if (barrier.missing == 0) {
-    fail(
-        "%s at %s:%u, by thread %u: phase %u of the barrier at shared address %u has its %d arrivals already",
-        at.what, at.site.file_name(), at.site.line(), thread, barrier.phase, barrier.address, barrier.count);
+    fail_at(at,
+            "thread %u arrives when phase %u of the barrier at shared address %u has its %d arrivals already",
+            thread, barrier.phase, barrier.address, barrier.count);
   }
   barrier.bytes += expected_bytes;
   --barrier.missing;
@@ -107,9 +107,8 @@ void arrive(Barrier& barrier, int expected_bytes, unsigned thread, const Wait& a
 void copy(const Pending& pending) {
   const unsigned char* to = pending.to;
   if (*to != kPoison || std::memcmp(to, to + 1, pending.bytes - 1) != 0) {
-    fail(
-        "the destination of the bulk_copy at %s:%u, shared address %td, was written before the copy was done",
-        pending.at.site.file_name(), pending.at.site.line(), to - machine.shared);
+    fail_at(pending.at, "the destination, shared address %td, was written before the copy was done",
+            to - machine.shared);
   }
   std::memcpy(pending.to, pending.from, pending.bytes);
 }
@@ -118,12 +117,11 @@ void copy(const Pending& pending) {
 
 void initialise_barrier(std::uint32_t address, int count, const Wait& at) {
   if (address % 8 != 0 || count < 1 || count > kMaxCount) {
-    fail("%s at %s:%u: shared address %u, which must be a multiple of 8; %d arrivals, which must be 1 .. %d",
-         at.what, at.site.file_name(), at.site.line(), address, count, kMaxCount);
+    fail_at(at, "shared address %u, which must be a multiple of 8; %d arrivals, which must be 1 .. %d",
+            address, count, kMaxCount);
   }
   if (barrier_at(address) != nullptr) {
-    fail("%s at %s:%u: the barrier at shared address %u has been initialised before", at.what,
-         at.site.file_name(), at.site.line(), address);
+    fail_at(at, "the barrier at shared address %u has been initialised before", address);
   }
   const Mark mark{static_cast<std::uint32_t>(barriers.in_memory.size()) ^ kMark, address ^ kMark};
   std::memcpy(shared_pointer(address, sizeof(mark)), &mark, sizeof(mark));
@@ -140,7 +138,7 @@ void fence_initialised_barriers() {
 void arrive_at_barrier(std::uint32_t address, int expected_bytes, const Wait& at) {
   maybe_yield();
   if (expected_bytes < 0 || expected_bytes > kMaxCount) {
-    fail("%s at %s:%u: %d bytes", at.what, at.site.file_name(), at.site.line(), expected_bytes);
+    fail_at(at, "%d bytes", expected_bytes);
   }
   arrive(find(address, at), expected_bytes, threadIdx.x, at);
 }
@@ -160,8 +158,7 @@ void arrive_after_copies(std::uint32_t address, const Wait& at) {
 void wait_at_barrier(std::uint32_t address, int parity, Wait at) {
   maybe_yield();
   if (parity != 0 && parity != 1) {
-    fail("%s at %s:%u: parity %d, which must be 0 or 1", at.what, at.site.file_name(), at.site.line(),
-         parity);
+    fail_at(at, "parity %d, which must be 0 or 1", parity);
   }
   Barrier& barrier = find(address, at);
   at.of =
@@ -177,14 +174,12 @@ void begin_bulk_copy(std::uint32_t to, const void* from, int bytes, std::uint32_
   require_capability(90, at);
   maybe_yield();
   if (to % 16 != 0 || reinterpret_cast<std::uintptr_t>(from) % 16 != 0 || bytes % 16 != 0 || bytes <= 0) {
-    fail("%s at %s:%u: shared address %u, global address %p and %d bytes must be multiples of 16", at.what,
-         at.site.file_name(), at.site.line(), to, from, bytes);
+    fail_at(at, "shared address %u, global address %p and %d bytes must be multiples of 16", to, from, bytes);
   }
   const auto count = static_cast<std::size_t>(bytes);
   unsigned char* destination = shared_pointer(to, count);
   if (!find(barrier, at).fenced) {
-    fail("%s at %s:%u: the barrier at shared address %u has not been followed by fence_barrier_init", at.what,
-         at.site.file_name(), at.site.line(), barrier);
+    fail_at(at, "the barrier at shared address %u has not been followed by fence_barrier_init", barrier);
   }
   std::memset(destination, kPoison, count);
   std::fill_n(machine.copied.begin() + to / 16, count / 16, CopiedChunk{});
@@ -216,17 +211,33 @@ void finish_pending_copy() {
   end_phase_if_complete(barrier);
 }
 
+namespace {
+
+// All have come: those that wait go on.
+void release(NamedBarrier& barrier, int id, const Wait& at) {
+  const NamedBarrier complete = barrier;
+  barrier = {};
+  for (unsigned warp = 0; warp < kMaxThreads / kWarpSize; ++warp) {
+    if (complete.come[warp] != 0 && complete.come[warp] != ~0u) {
+      fail_at(at, "of warp %u only the lanes %08x have come to barrier %d", warp, complete.come[warp], id);
+    }
+    for_lanes(complete.waiting[warp],
+              [&](int lane) { wake(warp * kWarpSize + static_cast<unsigned>(lane)); });
+  }
+}
+
+}  // namespace
+
 void arrive_at_named_barrier(int id, int threads, bool waits, Wait at) {
   maybe_yield();
   if (id < 0 || id >= kNamedBarriers || threads <= 0 || threads % kWarpSize != 0 ||
       threads > static_cast<int>(machine.launch.threads)) {
-    fail("%s at %s:%u: barrier %d, which must be 0 .. 15, of %d threads, which must be a multiple of 32",
-         at.what, at.site.file_name(), at.site.line(), id, threads);
+    fail_at(at, "barrier %d, which must be 0 .. 15, of %d threads, which must be a multiple of 32", id,
+            threads);
   }
   if (id == 0) {  // __syncthreads
     if (!waits || threads != static_cast<int>(machine.launch.threads)) {
-      fail("%s at %s:%u: barrier 0 is __syncthreads, for all threads to wait in", at.what,
-           at.site.file_name(), at.site.line());
+      fail_at(at, "barrier 0 is __syncthreads, for all threads to wait in");
     }
     int none = 0;
     block_collective(at.what, at.site, none, [](auto) { free_storage(); });
@@ -234,37 +245,24 @@ void arrive_at_named_barrier(int id, int threads, bool waits, Wait at) {
   }
   NamedBarrier& barrier = barriers.named[id];
   if (barrier.arrived != 0 && barrier.threads != threads) {
-    fail("%s at %s:%u: barrier %d of %d threads, others have come to it for %d", at.what, at.site.file_name(),
-         at.site.line(), id, threads, barrier.threads);
+    fail_at(at, "barrier %d of %d threads, others have come to it for %d", id, threads, barrier.threads);
   }
   const unsigned warp = threadIdx.x / kWarpSize;
   const unsigned bit = 1u << threadIdx.x % kWarpSize;
   if ((barrier.come[warp] & bit) != 0) {
-    fail("%s at %s:%u: the thread comes to barrier %d again before all have come", at.what,
-         at.site.file_name(), at.site.line(), id);
+    fail_at(at, "the thread comes to barrier %d again before all have come", id);
   }
   barrier.threads = threads;
   barrier.come[warp] |= bit;
-  if (++barrier.arrived < threads) {
-    if (!waits) return;
+  if (++barrier.arrived == threads) {
+    release(barrier, id, at);
+    maybe_yield();
+  } else if (waits) {
     barrier.waiting[warp] |= bit;
     at.of = "barrier";
     at.number = static_cast<unsigned>(id);
     wait_here(at);
-    return;
   }
-  const NamedBarrier complete = barrier;
-  barrier = {};
-  for (unsigned w = 0; w < kMaxThreads / kWarpSize; ++w) {
-    if (complete.come[w] + 1 > 1) {
-      fail("%s at %s:%u: of warp %u only the lanes %08x have come to barrier %d", at.what,
-           at.site.file_name(), at.site.line(), w, complete.come[w], id);
-    }
-    for (unsigned lane = 0; lane < kWarpSize; ++lane) {
-      if ((complete.waiting[w] >> lane & 1u) != 0) wake(w * kWarpSize + lane);
-    }
-  }
-  maybe_yield();
 }
 
 void reset_barriers() {
@@ -276,8 +274,8 @@ void reset_barriers() {
 void check_barriers() {
   for (const Pending& pending : barriers.pending) {
     if (pending.to == nullptr) continue;
-    fail("the CTA has ended, and nobody has waited for the bulk_copy at %s:%u, by thread %u",
-         pending.at.site.file_name(), pending.at.site.line(), pending.thread);
+    fail_at(pending.at, "the CTA has ended, and nobody has waited for this copy of thread %u",
+            pending.thread);
   }
 }
 

@@ -15,7 +15,15 @@ namespace {
 using namespace emulator_test;
 using namespace flash_dmattn::cuda;
 
-enum class Mistake { kNone, kNoWaitForFull, kNoWaitForEmpty, kWrongParity, kTooManyArrivals, kTooFewBytes };
+enum class Mistake {
+  kNone,
+  kNoWaitForFull,
+  kNoWaitForEmpty,
+  kWrongParity,
+  kTooManyArrivals,
+  kTooFewBytes,
+  kNoFence
+};
 
 constexpr int kStages = 3;
 constexpr int kTile = 64;  // floats
@@ -24,13 +32,13 @@ struct Ring {
   float tiles[kStages][kTile];
   std::uint64_t full[kStages], empty[kStages];
 
-  __device__ void initialise(int producers, int consumers) {
+  __device__ void initialise(int producers, int consumers, bool fence) {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
         barrier_init(shared_address(&full[stage]), producers);
         barrier_init(shared_address(&empty[stage]), consumers);
       }
-      fence_barrier_init();
+      if (fence) fence_barrier_init();
     }
     __syncthreads();
   }
@@ -40,7 +48,7 @@ struct Ring {
 template <Mistake kMistake>
 __global__ void add_tiles(const float* from, int num_tiles, float* to) {
   Ring& ring = *reinterpret_cast<Ring*>(dynamic_shared_memory());
-  ring.initialise(1, 64);
+  ring.initialise(1, 64, kMistake != Mistake::kNoFence);
   const int consumer = static_cast<int>(threadIdx.x) - 32;
   float sum = 0;
   for (int tile = 0; tile < num_tiles; ++tile) {
@@ -91,10 +99,12 @@ TEST_F(Barriers, Ring) {
 }
 
 TEST_F(BarriersDeathTest, RingWithMistakes) {
-  EXPECT_DEATH(sums<Mistake::kNoWaitForFull>(1), "nobody has waited for the bulk_copy at .*, by thread 0");
+  EXPECT_DEATH(sums<Mistake::kNoWaitForFull>(1),
+               "bulk_copy at .*nobody has waited for this copy of thread 0");
   EXPECT_DEATH(sums<Mistake::kNoWaitForEmpty>(4), "barrier_arrive_expect at .* has its 1 arrivals already");
-  EXPECT_DEATH(sums<Mistake::kTooManyArrivals>(1),
-               "barrier_arrive at .*, by thread 0: phase 0 of the barrier .* has its 1 arrivals already");
+  EXPECT_DEATH(
+      sums<Mistake::kTooManyArrivals>(1),
+      "barrier_arrive at .*: thread 0 arrives when phase 0 of the barrier .* has its 1 arrivals already");
   EXPECT_DEATH(
       sums<Mistake::kWrongParity>(1),
       "deadlock(.|\n)*32 threads, the first of them 0: ended(.|\n)*64 threads, the first of them 32: "
@@ -103,6 +113,8 @@ TEST_F(BarriersDeathTest, RingWithMistakes) {
   EXPECT_DEATH(sums<Mistake::kTooFewBytes>(1),
                "for parity 0 of the barrier at shared address 768(.|\n)*in phase 0, with 0 of 1 arrivals and "
                "-128 bytes missing");
+  EXPECT_DEATH(sums<Mistake::kNoFence>(1),
+               "thread 0 has initialised the barrier .* without fence_barrier_init");
 }
 
 // Each lane of warp 0 copies its own four floats; warp 1 doubles them.
@@ -164,7 +176,17 @@ TEST_F(Barriers, ExpectationsMayComeAfterTheCopies) {
   EXPECT_EQ(to[2], 31);
 }
 
-enum class Misuse { kNone, kNotInitialised, kOverwritten, kTwice, kNoFence, kMisaligned, kBeyond, kNoWait };
+enum class Misuse {
+  kNone,
+  kNotInitialised,
+  kOverwritten,
+  kTwice,
+  kNoFence,
+  kMisaligned,
+  kBeyond,
+  kWritten,
+  kNoWait
+};
 
 template <Misuse kMisuse>
 __global__ void copy_one(const float* from, float* to) {
@@ -177,6 +199,7 @@ __global__ void copy_one(const float* from, float* to) {
   barrier_arrive_expect(barrier, 64);
   bulk_copy(shared_address(tile) + (kMisuse == Misuse::kBeyond ? 96 : 0),
             from + (kMisuse == Misuse::kMisaligned), 64, barrier);
+  if (kMisuse == Misuse::kWritten) tile[3] = 0;
   if (kMisuse != Misuse::kNoWait) barrier_wait(barrier, 0);
   to[0] = tile[0];
 }
@@ -197,9 +220,11 @@ TEST_F(BarriersDeathTest, Misuse) {
   EXPECT_DEATH(copied<Misuse::kNoFence>(), "has not been followed by fence_barrier_init");
   EXPECT_DEATH(copied<Misuse::kMisaligned>(), "bulk_copy at .* must be multiples of 16");
   EXPECT_DEATH(copied<Misuse::kBeyond>(), "shared address 96 is beyond the CTA's 136 bytes");
-  EXPECT_DEATH(copied<Misuse::kNoWait>(), "nobody has waited for the bulk_copy at .*barriers_test.cpp");
+  EXPECT_DEATH(copied<Misuse::kWritten>(),
+               "bulk_copy at .*: the destination, .* was written before the copy was done");
+  EXPECT_DEATH(copied<Misuse::kNoWait>(), "bulk_copy at .*: the CTA has ended, and nobody has waited");
   setenv("FLASH_DMATTN_EMULATOR_CAPABILITY", "86", 1);
-  EXPECT_DEATH(copied<Misuse::kNone>(), "bulk_copy at .* needs compute capability 9.0, the device has 8.6");
+  EXPECT_DEATH(copied<Misuse::kNone>(), "bulk_copy at .*: needs compute capability 9.0, the device has 8.6");
 }
 
 // Two groups of warps take turns: each waits for its own barrier and comes to the other's.

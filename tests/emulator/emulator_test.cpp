@@ -302,6 +302,19 @@ TEST_F(Emulator, LaunchesThatADeviceRefuses) {
   EXPECT_EQ(cudaGetLastError(), cudaSuccess);
 }
 
+TEST_F(Emulator, ComputeCapability) {
+  const auto capability = [] {
+    int major = 0;
+    int minor = 0;
+    EXPECT_EQ(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), cudaSuccess);
+    EXPECT_EQ(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), cudaSuccess);
+    return 10 * major + minor;
+  };
+  EXPECT_EQ(capability(), 90);
+  setenv("FLASH_DMATTN_EMULATOR_CAPABILITY", "86", 1);
+  EXPECT_EQ(capability(), 86);
+}
+
 __global__ void barrier_of_some() {
   if (threadIdx.x < 40) __syncthreads();
 }

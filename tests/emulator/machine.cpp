@@ -154,9 +154,9 @@ int compute_capability() { return static_cast<int>(environment("FLASH_DMATTN_EMU
 
 void require_capability(int capability, const Wait& at) {
   if (machine.compute_capability >= capability) return;
-  fail("%s at %s:%u needs compute capability %d.%d, the device has %d.%d", at.what, at.site.file_name(),
-       at.site.line(), capability / 10, capability % 10, machine.compute_capability / 10,
-       machine.compute_capability % 10);
+  const int device = machine.compute_capability;
+  fail_at(at, "needs compute capability %d.%d, the device has %d.%d", capability / 10, capability % 10,
+          device / 10, device % 10);
 }
 
 void wait_here(const Wait& wait) {

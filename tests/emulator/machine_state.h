@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -136,6 +137,10 @@ void multiply(const Product& product, const Operands& operands, float* sum);  //
 [[noreturn]] void stop_in_deadlock();
 // A thread has arrived at `wait`, and others wait for it elsewhere.
 [[noreturn]] void stop_at_other_place(const char* who, const Wait& wait);
-bool same(const Wait& a, const Wait& b);
+inline bool same(const Wait& a, const Wait& b) {
+  const char* const files[] = {a.site.file_name(), b.site.file_name()};
+  return a.site.line() == b.site.line() && a.site.column() == b.site.column() && a.of == b.of &&
+         a.number == b.number && (files[0] == files[1] || std::strcmp(files[0], files[1]) == 0);
+}
 
 }  // namespace emulator

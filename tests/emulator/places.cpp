@@ -2,7 +2,6 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <vector>
 
 #include "emulator/intrinsics.h"
@@ -67,12 +66,6 @@ bool at_same_place(unsigned a, unsigned b) {
 
 }  // namespace
 
-bool same(const Wait& a, const Wait& b) {
-  const char* const files[] = {a.site.file_name(), b.site.file_name()};
-  return a.site.line() == b.site.line() && a.site.column() == b.site.column() && a.of == b.of &&
-         a.number == b.number && (files[0] == files[1] || std::strcmp(files[0], files[1]) == 0);
-}
-
 void stop_at_other_place(const char* who, const Wait& wait) {
   std::fprintf(
       stderr, "emulator: %s meet in different places, or with different masks; the last of them in\n  ", who);
@@ -85,15 +78,29 @@ void stop_in_deadlock() {
   stop_with_places(threadIdx.x);
 }
 
+namespace {
+
+[[noreturn]] void stop(const char* format, va_list arguments) {
+  std::vfprintf(stderr, format, arguments);
+  std::fputc('\n', stderr);
+  print_place(threadIdx.x);
+  std::abort();
+}
+
+}  // namespace
+
 void fail(const char* format, ...) {
   std::fputs("emulator: ", stderr);
   va_list arguments;
   va_start(arguments, format);
-  std::vfprintf(stderr, format, arguments);
-  va_end(arguments);
-  std::fputc('\n', stderr);
-  print_place(threadIdx.x);
-  std::abort();
+  stop(format, arguments);
+}
+
+void fail_at(const Wait& at, const char* format, ...) {
+  std::fprintf(stderr, "emulator: %s at %s:%u: ", at.what, at.site.file_name(), at.site.line());
+  va_list arguments;
+  va_start(arguments, format);
+  stop(format, arguments);
 }
 
 }  // namespace emulator

@@ -12,18 +12,25 @@ namespace {
 constexpr std::uint32_t kRowBytes = 128;
 constexpr std::uint32_t kAtomBytes = 1024;
 
-// The fields of a descriptor, in bytes.
+// The fields of a descriptor, in bytes: where the tile begins, what lies between neighbouring 64 columns of
+// an MN-major tile, and between atoms of 8 rows.
 struct Tile {
-  std::uint32_t start, leading, stride;
+  std::uint32_t start, column_bytes, atom_bytes;
 
   explicit Tile(std::uint64_t descriptor)
       : start((descriptor & 0x3fff) << 4),
-        leading((descriptor >> 16 & 0x3fff) << 4),
-        stride((descriptor >> 32 & 0x3fff) << 4) {
-    if (descriptor >> 62 != 1 || stride != kAtomBytes || (descriptor >> 49 & 7) != 0) {
+        column_bytes((descriptor >> 16 & 0x3fff) << 4),
+        atom_bytes((descriptor >> 32 & 0x3fff) << 4) {
+    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0 || atom_bytes == 0 ||
+        atom_bytes % kAtomBytes != 0) {
       fail("wgmma: the descriptor %016llx is not of atoms of 1024 bytes with 128-byte swizzle",
            static_cast<unsigned long long>(descriptor));
     }
+  }
+
+  std::uint32_t row(int row) const {
+    const auto r = static_cast<std::uint32_t>(row);
+    return start + r / 8 * atom_bytes + r % 8 * kRowBytes;
   }
 };
 
@@ -48,7 +55,7 @@ void read_k_major(std::uint64_t descriptor, int first_row, int num_rows, std::ui
          tile.start);
   }
   for (int row = first_row; row < first_row + num_rows; ++row) {
-    const std::uint32_t address = tile.start + static_cast<std::uint32_t>(row) * kRowBytes;
+    const std::uint32_t address = tile.row(row);
     read_chunk(address, to + row * 16, fence_time);
     read_chunk(address + 16, to + row * 16 + 8, fence_time);
   }
@@ -57,16 +64,15 @@ void read_k_major(std::uint64_t descriptor, int first_row, int num_rows, std::ui
 // 16 rows of `columns`.
 void read_mn_major(std::uint64_t descriptor, int columns, std::uint16_t* to, std::uint32_t fence_time) {
   const Tile tile(descriptor);
-  if (tile.start % kAtomBytes != 0 || (columns > 64 && tile.leading % kAtomBytes != 0)) {
+  if (tile.start % kAtomBytes != 0 || (columns > 64 && tile.column_bytes % kAtomBytes != 0)) {
     fail(
-        "wgmma: the MN-major tile at shared address %u, and the %u bytes between tiles, must be multiples of "
-        "1024",
-        tile.start, tile.leading);
+        "wgmma: of an MN-major tile the shared address %u and the %u bytes between columns must be multiples "
+        "of 1024",
+        tile.start, tile.column_bytes);
   }
   for (int k = 0; k < 16; ++k) {
     for (int n = 0; n < columns; n += 8) {
-      const std::uint32_t address = tile.start + static_cast<std::uint32_t>(n / 64) * tile.leading +
-                                    static_cast<std::uint32_t>(k) * kRowBytes +
+      const std::uint32_t address = tile.row(k) + static_cast<std::uint32_t>(n / 64) * tile.column_bytes +
                                     static_cast<std::uint32_t>(n % 64) * 2;
       read_chunk(address, to + k * columns + n, fence_time);
     }

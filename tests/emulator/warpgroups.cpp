@@ -87,10 +87,8 @@ struct Warpgroup {
   unsigned waiting = 0;  // threads
 };
 
-Warpgroup& warpgroup_of(unsigned thread) {
-  static Warpgroup* const warpgroups = new Warpgroup[kMaxWarpgroups];
-  return warpgroups[thread / kWarpgroupSize];
-}
+Warpgroup* const warpgroups = new Warpgroup[kMaxWarpgroups];
+Warpgroup& warpgroup_of(unsigned thread) { return warpgroups[thread / kWarpgroupSize]; }
 Pool<BegunProduct>& products = *new Pool<BegunProduct>;
 Pool<Accumulators>& accumulators = *new Pool<Accumulators>;
 
@@ -102,18 +100,15 @@ Entry& enter(Warpgroup& group, const Instruction& instruction) {
   const unsigned first = threadIdx.x / kWarpgroupSize * kWarpgroupSize;
   const Wait& at = instruction.at;
   if (first + kWarpgroupSize > machine.launch.threads) {
-    fail("%s at %s:%u: the thread is in no warpgroup of 128 threads", at.what, at.site.file_name(),
-         at.site.line());
+    fail_at(at, "the thread is in no warpgroup of 128 threads");
   }
   const std::size_t index = group.next[threadIdx.x - first]++ - group.log_begin;
   if (index == group.log.size()) group.log.push_back({instruction});
   Entry& entry = group.log[index];
   if (!(entry.instruction == instruction)) {
     const Wait& other = entry.instruction.at;
-    fail(
-        "threads of a warpgroup execute different instructions, or with different operands: %s at %s:%u, "
-        "others %s at %s:%u",
-        at.what, at.site.file_name(), at.site.line(), other.what, other.site.file_name(), other.site.line());
+    fail_at(at, "other threads of the warpgroup execute %s at %s:%u, or this with other operands", other.what,
+            other.site.file_name(), other.site.line());
   }
   ++entry.arrived;
   ++entry.arrived_in_warp[(threadIdx.x - first) / kWarpSize];
@@ -158,8 +153,8 @@ void return_registers(const Accumulators& from, const Wait& at) {
     float* registers = from.registers[thread];
     for (int i = 0; i < from.columns / 2; ++i) {
       if (std::memcmp(&registers[i], &kWithTheMachine, sizeof(float)) == 0) continue;
-      fail("accumulator %d of thread %u of the warpgroup was written between %s at %s:%u and the wait for it",
-           i, thread, at.what, at.site.file_name(), at.site.line());
+      fail_at(at, "accumulator %d of thread %u of the warpgroup was written before the wait for it", i,
+              thread);
     }
     for_pairs(thread, from.columns, [&](int row, int column, int i) {
       std::memcpy(&registers[i], &from.values[row * from.columns + column], 2 * sizeof(float));
@@ -185,8 +180,7 @@ Accumulators* find_accumulators(const Warpgroup& group, unsigned thread, const f
     if (other == nullptr) continue;
     if (other == d && candidate->columns == columns) return candidate;
     if (other < d + columns / 2 && d < other + candidate->columns / 2) {
-      fail("%s at %s:%u: some of its accumulators are those of another product under way, some are not",
-           at.what, at.site.file_name(), at.site.line());
+      fail_at(at, "some of its accumulators are those of another product under way, some are not");
     }
   }
   return nullptr;
@@ -214,8 +208,7 @@ void enter_registers(const Warpgroup& group, BegunProduct& begun, unsigned threa
                      const std::uint32_t* a) {
   Accumulators* under_way = find_accumulators(group, thread, d, begun.product.columns, begun.at);
   if (under_way != (begun.first ? nullptr : begun.accumulators)) {
-    fail("%s at %s:%u: threads of a warpgroup name different accumulators", begun.at.what,
-         begun.at.site.file_name(), begun.at.site.line());
+    fail_at(begun.at, "threads of a warpgroup name different accumulators");
   }
   if (begun.first) take(*begun.accumulators, thread, d, begun.product.accumulate);
   begun.registers[thread] = a;
@@ -229,10 +222,7 @@ void check_operands(const BegunProduct& begun) {
   static Operands now;
   constexpr std::uint32_t kFenced = ~0u;  // that has been checked
   const Product& product = begun.product;
-  const auto stop = [&](const char* what) {
-    fail("%s of %s at %s:%u changed before the wait for it", what, begun.at.what, begun.at.site.file_name(),
-         begun.at.site.line());
-  };
+  const auto stop = [&](const char* what) { fail_at(begun.at, "%s changed before the wait for it", what); };
   if (product.a != 0) {
     read_rows(product, 0, 64, now, kFenced);
   } else {
@@ -278,8 +268,7 @@ void begin_product(const Product& product, float* d, const std::uint32_t* a, con
   if (complete_warps == 1) read_columns(product, begun->operands, group.fence_time);
   if (!complete(group, entry)) return;
   if (!group.fenced) {
-    fail("%s at %s:%u: no wgmma_fence since the last wgmma_wait", at.what, at.site.file_name(),
-         at.site.line());
+    fail_at(at, "no wgmma_fence since the last wgmma_wait");
   }
   group.uncommitted.push_back(begun);
 }
@@ -347,8 +336,8 @@ void check_warpgroups() {
     if (group.log.empty()) continue;
     const Entry& entry = group.log.front();
     const Wait& at = entry.instruction.at;
-    fail("%s at %s:%u: %d threads of the warpgroup of thread %u have executed it, the others have ended",
-         at.what, at.site.file_name(), at.site.line(), entry.arrived, thread);
+    fail_at(at, "%d threads of the warpgroup of thread %u have executed it, the others have ended",
+            entry.arrived, thread);
   }
 }
 

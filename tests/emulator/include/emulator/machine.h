@@ -47,6 +47,8 @@ int compute_capability();
 
 // Stops the program; the message goes on with the kernel, the CTA and the thread.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+// The message begins with the instruction.
+[[noreturn]] void fail_at(const Wait& at, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
 // Lets other threads run first, now and then, if the order is random.
 void maybe_yield();

@@ -62,13 +62,17 @@ void register_increase(emulator::Site site = emulator::Site::current()) {
 
 // --- Products of a warpgroup ---
 
-using Operand = std::uint32_t;
+struct Operand {
+  std::uint32_t place;
+  std::uint32_t layout;
 
-inline Operand operand(SharedAddress tile, int tile_bytes = 16) {
-  return tile >> 4 | static_cast<std::uint32_t>(tile_bytes >> 4) << 16;
-}
-inline std::uint64_t descriptor(Operand operand) {
-  return static_cast<std::uint64_t>(0x40000040u) << 32 | operand;
+  Operand operator+(int bytes) const { return {place + static_cast<std::uint32_t>(bytes / 16), layout}; }
+  std::uint64_t descriptor() const { return static_cast<std::uint64_t>(layout) << 32 | place; }
+};
+inline Operand operand(SharedAddress tile, int atom_bytes, int column_bytes = 0) {
+  constexpr std::uint32_t kSwizzle128 = 1u << 30;
+  return {tile >> 4 | static_cast<std::uint32_t>(column_bytes / 16) << 16,
+          kSwizzle128 | static_cast<std::uint32_t>(atom_bytes / 16)};
 }
 
 inline void wgmma_fence(emulator::Site site = emulator::Site::current()) {
@@ -93,14 +97,14 @@ template <typename Element, int kN>
 void wgmma(float (&d)[kN / 2], Operand a, Operand b, bool accumulate,
            emulator::Site site = emulator::Site::current()) {
   static_assert(kN % 8 == 0 && kN <= emulator::kMaxProductColumns);
-  emulator::begin_product({kHalfType<Element>, kN, accumulate, descriptor(a), descriptor(b)}, d, nullptr,
+  emulator::begin_product({kHalfType<Element>, kN, accumulate, a.descriptor(), b.descriptor()}, d, nullptr,
                           {"wgmma", site});
 }
 template <typename Element, int kN>
 void wgmma(float (&d)[kN / 2], const std::uint32_t (&a)[4], Operand b, bool accumulate,
            emulator::Site site = emulator::Site::current()) {
   static_assert(kN % 8 == 0 && kN <= emulator::kMaxProductColumns);
-  emulator::begin_product({kHalfType<Element>, kN, accumulate, 0, descriptor(b)}, d, a, {"wgmma", site});
+  emulator::begin_product({kHalfType<Element>, kN, accumulate, 0, b.descriptor()}, d, a, {"wgmma", site});
 }
 
 }  // namespace flash_dmattn::cuda
