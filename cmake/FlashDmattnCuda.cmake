@@ -2,10 +2,13 @@
 #
 # FLASH_DMATTN_HAS_CUDA            ON if they are
 # FLASH_DMATTN_CUDA_SOURCES        their sources
+# FLASH_DMATTN_SM90_SOURCES        those among them that take instructions of compute capability 9.0a
 # flash_dmattn_add_cuda(objects)   adds them to an object library
 set(minimum_cuda 12.4)
 set(FLASH_DMATTN_HAS_CUDA OFF)
 file(GLOB_RECURSE FLASH_DMATTN_CUDA_SOURCES CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/src/cuda/*.cu)
+set(FLASH_DMATTN_SM90_SOURCES ${FLASH_DMATTN_CUDA_SOURCES})
+list(FILTER FLASH_DMATTN_SM90_SOURCES INCLUDE REGEX /src/cuda/sm90/)
 
 if(NOT FLASH_DMATTN_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "FLASH_DMATTN_CUDA: got ${FLASH_DMATTN_CUDA}, expected AUTO, ON or OFF")
@@ -62,8 +65,21 @@ endif()
 list(JOIN code_names ", " code_names)
 message(STATUS "CUDA kernels: ${code_names}, by CUDA ${CMAKE_CUDA_COMPILER_VERSION}")
 
+# The Hopper kernels have code for that one alone, and are left out of a build without it.
+set(portable_sources ${FLASH_DMATTN_CUDA_SOURCES})
+list(REMOVE_ITEM portable_sources ${FLASH_DMATTN_SM90_SOURCES})
+set(built_sources ${portable_sources})
+set_property(SOURCE ${portable_sources} APPEND PROPERTY COMPILE_OPTIONS ${code_options})
+set(has_sm90 0)
+if("90a" IN_LIST FLASH_DMATTN_CUDA_ARCHITECTURES)
+  set(has_sm90 1)
+  list(APPEND built_sources ${FLASH_DMATTN_SM90_SOURCES})
+  set_property(SOURCE ${FLASH_DMATTN_SM90_SOURCES} APPEND PROPERTY
+    COMPILE_OPTIONS -gencode=arch=compute_90a,code=sm_90a)
+endif()
+
 # -fno-gnu-unique: no symbol of the library may merge with one of another library of the process.
-set(cuda_options ${code_options} -lineinfo -Xcompiler=-Wall,-Wextra,-fno-gnu-unique)
+set(cuda_options -lineinfo -Xcompiler=-Wall,-Wextra,-fno-gnu-unique)
 if(FLASH_DMATTN_WERROR)
   list(APPEND cuda_options -Werror=all-warnings)
 endif()
@@ -74,9 +90,9 @@ set_property(SOURCE ${PROJECT_SOURCE_DIR}/src/cuda/architectures.cpp APPEND PROP
 # The static runtime: the library loads where there is no driver.
 function(flash_dmattn_add_cuda objects)
   target_sources(${objects} PRIVATE
-    ${FLASH_DMATTN_CUDA_SOURCES} ${PROJECT_SOURCE_DIR}/src/cuda/architectures.cpp)
+    ${built_sources} ${PROJECT_SOURCE_DIR}/src/cuda/architectures.cpp)
   target_compile_options(${objects} PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${cuda_options}>")
-  target_compile_definitions(${objects} PUBLIC FLASH_DMATTN_CUDA=1)
+  target_compile_definitions(${objects} PUBLIC FLASH_DMATTN_CUDA=1 FLASH_DMATTN_SM90=${has_sm90})
   target_link_libraries(${objects} PUBLIC CUDA::cudart_static)
   set_target_properties(${objects} PROPERTIES CUDA_VISIBILITY_PRESET hidden CUDA_RUNTIME_LIBRARY None)
 endfunction()

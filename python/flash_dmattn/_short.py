@@ -20,6 +20,13 @@ from ._ops import native
 
 __all__ = ["attend"]
 
+# os.environ raises and catches two exceptions to say that it has no such variable, which takes most of a
+# microsecond; what it wraps says so at once.
+if hasattr(os.environ, "_data") and hasattr(os.environ, "encodekey"):
+    _environment, _variable = os.environ._data, os.environ.encodekey(ENVIRONMENT_VARIABLE)
+else:
+    _environment, _variable = os.environ, ENVIRONMENT_VARIABLE
+
 _select, _forward = (native.select.default, native.forward.default) if DEVICES else (None, None)
 
 
@@ -40,7 +47,7 @@ def attend(
         or not (type(query) is type(key) is type(value) is Tensor)
         or not ((query.is_cuda and "cuda" in DEVICES) or (query.is_cpu and "cpu" in DEVICES))
         or torch.is_autocast_enabled("cuda" if query.is_cuda else "cpu")
-        or ENVIRONMENT_VARIABLE in os.environ
+        or _variable in _environment
         or type(is_causal) is not bool
         or forward_ad._current_level >= 0
     ):

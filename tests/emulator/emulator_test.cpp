@@ -351,6 +351,20 @@ __global__ void matrix_beyond() {
   flash_dmattn::cuda::ldmatrix_x4(fragment, threadIdx.x * 16);
 }
 
+__global__ void wait_in_threads_before(unsigned end, int* to) {
+  if (threadIdx.x < end) flash_dmattn::cuda::wait_for_previous_kernel();
+  to[threadIdx.x] = 1;
+}
+
+TEST_F(EmulatorDeathTest, EarlyLaunchWithoutWait) {
+  int results[64] = {};
+  const LaunchConfig early{1, 64, 0, nullptr, true};
+  EXPECT_EQ(flash_dmattn::cuda::launch(wait_in_threads_before, early, 64u, results), cudaSuccess);
+  EXPECT_EQ(std::count(results, results + 64, 1), 64);
+  EXPECT_DEATH(flash_dmattn::cuda::launch(wait_in_threads_before, early, 63u, results),
+               "an early launch ends and has not waited(.|\n)*wait_in_threads_before");
+}
+
 TEST_F(EmulatorDeathTest, RendezvousThatCannotEnd) {
   int results[64];
   EXPECT_DEATH(

@@ -75,6 +75,7 @@ __attribute__((no_sanitize("address"))) void thread_main() {
   begin_fiber(machine.left == &machine.host ? machine.left : nullptr);
   machine.launch.body(machine.launch.context);
   Thread& self = machine.threads[threadIdx.x];
+  if (machine.launch.early && !self.waited) fail("a thread of an early launch ends and has not waited");
   self.ended = true;
   clear_ready(threadIdx.x);
   if (--machine.running == 0) {
@@ -102,6 +103,7 @@ void run_cta(unsigned cta) {
     Thread& thread = machine.threads[t];
     thread.ended = false;
     thread.waits = false;
+    thread.waited = false;
     thread.copies.clear();
     thread.copies_done = 0;
     thread.group_ends.clear();
@@ -171,6 +173,7 @@ void wake(unsigned thread) {
   machine.threads[thread].waits = false;
   set_ready(thread / kWarpSize, 1u << thread % kWarpSize);
 }
+void wait_for_previous_kernel() { machine.threads[threadIdx.x].waited = true; }
 
 void maybe_yield() {
   if (machine.random != 0 && machine.next_random() % 4 == 0) yield();

@@ -26,6 +26,7 @@ struct Thread {
   bool ended = false;
   bool waits = false;  // in `wait`; meetings of a warp and of the CTA have their own
   Wait wait;
+  bool waited = false;                  // for the kernel before
   std::vector<Copy> copies;             // not yet done, oldest first
   std::size_t copies_done = 0;          // before them
   std::vector<std::size_t> group_ends;  // of the groups committed, counted in copies from the first

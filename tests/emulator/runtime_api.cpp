@@ -60,6 +60,15 @@ cudaError_t cudaGetDeviceCount(int* count) {
   return cudaSuccess;
 }
 
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 13000;
+  return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = 90;
+  return cudaSuccess;
+}
+
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (device != 0) return report(cudaErrorInvalidDevice);
   switch (attribute) {
@@ -120,7 +129,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   if (config.dynamicSmemBytes > std::min(limit_of(kernel), shared_bytes_limit())) {
     return report(cudaErrorInvalidValue);
   }
-  run({kernel, grid.x, block.x, config.dynamicSmemBytes, body, context});
+  const bool early = config.numAttrs > 0 && config.attrs->val.programmaticStreamSerializationAllowed != 0;
+  run({kernel, grid.x, block.x, config.dynamicSmemBytes, early, body, context});
   return cudaSuccess;
 }
 

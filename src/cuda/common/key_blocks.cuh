@@ -23,9 +23,10 @@ struct KeyBlock {
 };
 
 struct KeyBlocks {
-  // Numbers in one head; some of them belong to no block.
+  // Numbers in one head; some of them belong to no block. Of the plan its layout is enough.
   __host__ __device__ static std::int64_t per_head(const Geometry& geometry, const PlanView& plan) {
-    return plan.present() ? plan.layout.num_blocks : geometry.total_k() / kBlock + geometry.num_sequences;
+    const std::int64_t listed = plan.layout.num_blocks;
+    return listed > 0 ? listed : geometry.total_k() / kBlock + geometry.num_sequences;
   }
   // The number of a sequence's first block.
   __device__ static std::int64_t first(const PlanView& plan, std::int64_t begin_k, int sequence) {

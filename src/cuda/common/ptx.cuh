@@ -11,6 +11,21 @@ namespace flash_dmattn::cuda {
 
 using SharedAddress = std::uint32_t;
 
+// Kernels that follow one another (LaunchConfig::early, in launch.h). The first waits until the kernels
+// before have ended and what they wrote can be seen; the second lets the next kernel start once all CTAs have
+// called it or ended. A kernel waits for the one before alone, and thereby for all before, since that one
+// waits too. Nothing before compute capability 9.0, where kernels start in order.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // The CTA's dynamic shared memory.
 __device__ __forceinline__ unsigned char* dynamic_shared_memory() {
   extern __shared__ __align__(1024) unsigned char flash_dmattn_dynamic_shared_memory[];

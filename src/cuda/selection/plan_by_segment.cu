@@ -15,6 +15,8 @@ constexpr int kBorn = 4;
 static_assert(kBorn * kPlanThreads == kMinSegment);
 
 __global__ void __launch_bounds__(kPlanThreads) list_leaving(const __grid_constant__ PlanParams params) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const Chunk chunk(params);
   if (!chunk.exists()) return;
   const PlanSegment segment = plan_segment(chunk.keys, chunk.segment(), chunk.length);
@@ -136,6 +138,7 @@ __device__ void sort_list(const HeadKeys& keys, const PlanList& list, int num_ol
 
 template <int kItems>
 __global__ void __launch_bounds__(kPlanThreads, 2) build_segments(const __grid_constant__ PlanParams params) {
+  wait_for_previous_kernel();
   const PlanTask task = locate_task(params, blockIdx.x, 1);
   if (task.index < 0) return;
   const HeadKeys keys(params.inputs, task.sequence, task.head);
@@ -157,11 +160,14 @@ __global__ void __launch_bounds__(kPlanThreads, 2) build_segments(const __grid_c
   const auto list_old = [&](int n, int key, int expiry) {
     if (n < length) list.entries[n] = {key, expiry};
   };
-  const int num_old =
-      min(length,
-          params.scratch.leaving == nullptr
-              ? for_each_outliving<kScanned, true>(keys, 0, segment.begin, from, list_old)
-              : for_each_left(params.scratch, task.first_id, segment.begin / kMinSegment, from, list_old));
+  int num_old =
+      params.scratch.leaving == nullptr
+          ? for_each_outliving_in_any_order(keys, segment.begin, from, list_old)
+          : for_each_left(params.scratch, task.first_id, segment.begin / kMinSegment, from, list_old);
+  if (num_old > length && params.scratch.leaving == nullptr) {  // the first ones are listed
+    for_each_outliving<kScanned>(keys, 0, segment.begin, from, list_old);
+  }
+  num_old = min(num_old, length);
   if (num_old > 0) {
     PlanRank* const ranks = params.scratch.ranks[0];
     sort_list<kItems>(keys, list, num_old,
@@ -180,10 +186,11 @@ __global__ void __launch_bounds__(kPlanThreads, 2) build_segments(const __grid_c
 
 cudaError_t build_by_segment(const PlanParams& params, const PlanBounds& bounds, cudaStream_t stream) {
   const std::int64_t ctas = params.inputs.geometry.heads_kv * params.plan.layout.num_segments;
-  const LaunchConfig config{static_cast<unsigned>(ctas), kPlanThreads, 0, stream};
+  LaunchConfig config{static_cast<unsigned>(ctas), kPlanThreads, 0, stream};
   if (bounds.path == PlanPath::kGather) {
     const cudaError_t status = launch(list_leaving, config, params);
     if (status != cudaSuccess) return status;
+    config.early = true;
   }
   return launch(bounds.run_length == kLongRun ? build_segments<8> : build_segments<4>, config, params);
 }

@@ -26,6 +26,8 @@ __device__ int count_alive(const PlanScratch& scratch, std::int64_t first_id, co
 }
 
 __global__ void __launch_bounds__(kPlanThreads) count_chunks(const __grid_constant__ PlanParams params) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   constexpr int kPerLane = kMinSegment / kPlanThreads;
   const Chunk chunk(params, /*length_known=*/false);
   if (!chunk.exists()) return;
@@ -68,6 +70,8 @@ __device__ int sum_chunks(const PlanScratch& scratch, std::int64_t first_id, int
 
 // One CTA per head and sequence.
 __global__ void __launch_bounds__(kPlanThreads) arrange_lists(const __grid_constant__ PlanParams params) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const Geometry& geometry = params.inputs.geometry;
   const PlanView& plan = params.plan;
   const PlanScratch& scratch = params.scratch;
@@ -138,6 +142,8 @@ __device__ void place_leaving(const PlanParams& params, const Chunk& chunk, cons
 }
 
 __global__ void __launch_bounds__(kPlanThreads) place_keys(const __grid_constant__ PlanParams params) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const Chunk chunk(params);
   if (!chunk.exists()) return;
   const HeadKeys& keys = chunk.keys;
@@ -165,6 +171,8 @@ __global__ void __launch_bounds__(kPlanThreads) place_keys(const __grid_constant
 // One CTA per run of kPlanThreads * kItems old keys.
 template <int kItems>
 __global__ void __launch_bounds__(kPlanThreads) sort_runs(const __grid_constant__ PlanParams params) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   constexpr int kRun = kPlanThreads * kItems;
   const Chunk chunk(params);
   if (!chunk.exists() || chunk.begin % kRun != 0) return;
@@ -203,6 +211,8 @@ __global__ void __launch_bounds__(kPlanThreads) sort_runs(const __grid_constant_
 // own run and the number of higher ranks in the others. Lists that are in order now go to the plan.
 __global__ void __launch_bounds__(kPlanThreads)
     merge_runs(const __grid_constant__ PlanParams params, int round, int run_length) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const Chunk chunk(params);
   if (!chunk.exists()) return;
   const PlanSegment segment =
@@ -231,6 +241,8 @@ __global__ void __launch_bounds__(kPlanThreads)
 
 // One CTA per kMinSegment entries of the sequence's 2 * seqlen.
 __global__ void __launch_bounds__(kPlanThreads) finish_lists(const __grid_constant__ PlanParams params) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const PlanTask task = locate_task(params, blockIdx.x, 2);
   const HeadKeys keys(params.inputs, task.sequence, task.head);
   const int length =
@@ -253,12 +265,12 @@ __global__ void __launch_bounds__(kPlanThreads) finish_lists(const __grid_consta
 cudaError_t build_in_passes(const PlanParams& params, const PlanBounds& bounds, cudaStream_t stream) {
   const Geometry& geometry = params.inputs.geometry;
   const std::int64_t num_chunks = geometry.heads_kv * params.plan.layout.num_segments;
-  const auto config = [&](std::int64_t ctas) {
-    return LaunchConfig{static_cast<unsigned>(ctas), kPlanThreads, 0, stream};
-  };
+  bool follows = false;  // a kernel of this call
   cudaError_t status = cudaMemsetAsync(params.scratch.alive, 0, num_chunks * sizeof(int), stream);
   const auto then = [&](auto kernel, std::int64_t ctas, auto... args) {
-    if (status == cudaSuccess) status = launch(kernel, config(ctas), params, args...);
+    const LaunchConfig config{static_cast<unsigned>(ctas), kPlanThreads, 0, stream, follows};
+    if (status == cudaSuccess) status = launch(kernel, config, params, args...);
+    follows = true;
   };
   then(count_chunks, num_chunks);
   then(arrange_lists, static_cast<std::int64_t>(geometry.num_sequences) * geometry.heads_kv);

@@ -172,9 +172,8 @@ __device__ inline std::int64_t first_rank(const PlanParams& params, const PlanTa
 
 // Calls found(n, key, expiry) for the items of [begin, end) that outlive position `from`: n counts them in
 // ascending order. Returns their number. For all threads of the CTA, which looks at kPlanThreads * kPerLane
-// items at a time, and with kAhead loads the next ones meanwhile. Items: HeadKeys, whose items are the keys,
-// or others with the same three functions.
-template <int kPerLane, bool kAhead = false, typename Items, typename Found>
+// items at a time. Items: HeadKeys, whose items are the keys, or others with the same three functions.
+template <int kPerLane, typename Items, typename Found>
 __device__ int for_each_outliving(const Items& items, int begin, int end, int from, Found&& found) {
   constexpr int kWarps = kPlanThreads / 32;
   constexpr unsigned kTile = kPlanThreads * kPerLane;
@@ -183,17 +182,9 @@ __device__ int for_each_outliving(const Items& items, int begin, int end, int fr
   const unsigned lane = threadIdx.x % 32;
   unsigned first = begin + warp * 32 * kPerLane + lane;
   int total = 0;
-  int next[kPerLane];
-  if (kAhead) items.load_expiries(first, end, next);
   for (unsigned tile = begin; tile < static_cast<unsigned>(end); tile += kTile, first += kTile) {
     int expiry[kPerLane];
-    if (kAhead) {
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) expiry[i] = next[i];
-      items.load_expiries(first + kTile, end, next);
-    } else {
-      items.load_expiries(first, end, expiry);
-    }
+    items.load_expiries(first, end, expiry);
     int count = 0;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
@@ -214,6 +205,46 @@ __device__ int for_each_outliving(const Items& items, int begin, int end, int fr
       const int before = __popc(lanes & ((1u << lane) - 1));
       if (expiry[i] != 0) found(place + before, items.key(first + 32 * i), expiry[i]);
       place += __popc(lanes);
+    }
+  }
+  __syncthreads();
+  return total;
+}
+
+// As for_each_outliving over the keys [0, end), in any order: without a barrier for every tile, and with more
+// loads at a time.
+template <typename Found>
+__device__ int for_each_outliving_in_any_order(const HeadKeys& keys, int end, int from, Found&& found) {
+  constexpr int kPerLane = 16;
+  __shared__ int total;
+  if (threadIdx.x == 0) total = 0;
+  __syncthreads();
+  const unsigned lane = threadIdx.x % 32;
+  const unsigned warp_first = threadIdx.x / 32 * 32 * kPerLane;
+  for (unsigned first = warp_first + lane; first - lane < static_cast<unsigned>(end);
+       first += kPlanThreads * kPerLane) {
+    int expiry[kPerLane];
+    keys.load_expiries(first, end, expiry);
+    unsigned outliving = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      outliving |= keys.outlives(first + 32 * i, expiry[i], from) ? 1u << i : 0;
+    }
+    const int count = __popc(outliving);
+    int until = count;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int before = __shfl_up_sync(kAllLanes, until, step);
+      if (lane >= static_cast<unsigned>(step)) until += before;
+    }
+    const int of_warp = __shfl_sync(kAllLanes, until, 31);
+    if (of_warp == 0) continue;
+    int place = 0;
+    if (lane == 0) place = atomicAdd(&total, of_warp);
+    place = __shfl_sync(kAllLanes, place, 0) + until - count;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if ((outliving >> i & 1) != 0) found(place++, keys.key(first + 32 * i), expiry[i]);
     }
   }
   __syncthreads();

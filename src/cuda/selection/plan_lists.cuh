@@ -7,8 +7,8 @@
 #include <cstdint>
 
 #include "cuda/common/log2.h"
+#include "cuda/selection/bin_sort.cuh"
 #include "cuda/selection/plan_keys.cuh"
-#include "cuda/selection/sort_ranks.cuh"
 
 namespace flash_dmattn::cuda {
 
@@ -33,20 +33,24 @@ struct PlanList {
 template <int kItems>
 __device__ void sort_by_rank(const HeadKeys& keys, const PlanEntry* entries, int count,
                              PlanRank (&ranks)[kItems]) {
-  __shared__ PlanRank exchange[kPlanThreads * kItems];
-  int size = 32 * kItems;
-  while (size < count) size *= 2;
-  const int threads = size / kItems;
+  using Sort = BinSort<kPlanThreads, kItems>;
+  __shared__ PlanRank sorted[Sort::kCapacity];
+  __shared__ typename Sort::Storage storage;
   PlanEntry unsorted[kItems];
+  PlanRank own[kItems];
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    const int place = static_cast<int>(threadIdx.x) + i * threads;
-    unsorted[i] =
-        static_cast<int>(threadIdx.x) < threads && place < count ? entries[place] : PlanEntry{-1, 0};
+    const int place = static_cast<int>(threadIdx.x) + i * kPlanThreads;
+    unsorted[i] = place < count ? entries[place] : PlanEntry{-1, 0};
   }
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) ranks[i] = unsorted[i].key < 0 ? 0 : keys.rank(unsorted[i]);
-  sort_ranks(ranks, size, exchange);
+  for (int i = 0; i < kItems; ++i) own[i] = unsorted[i].key < 0 ? 0 : keys.rank(unsorted[i]);
+  const int size = Sort(storage, sorted).sort(own);  // the least rank of all, 0, counts as none
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const int place = static_cast<int>(threadIdx.x) * kItems + i;
+    ranks[i] = place < size ? sorted[place] : 0;
+  }
 }
 
 // The number of ranks above `rank`, of `count` descending ones.

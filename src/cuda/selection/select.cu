@@ -200,7 +200,8 @@ class Queue {
   void run(Kernel kernel, std::int64_t pieces, int threads) {
     if (status_ != cudaSuccess) return;
     const auto grid = static_cast<unsigned>(pieces * problem_.geometry.heads_kv);
-    status_ = launch(kernel, {grid, static_cast<unsigned>(threads), 0, stream_}, problem_);
+    status_ = launch(kernel, {grid, static_cast<unsigned>(threads), 0, stream_, follows_}, problem_);
+    follows_ = true;
   }
   void run(Kernel kernel, const Numbering& numbering, int threads) {
     run(kernel, numbering.count(problem_.geometry), threads);
@@ -212,6 +213,7 @@ class Queue {
   const SelectProblem& problem_;
   cudaStream_t stream_;
   cudaError_t status_ = cudaSuccess;
+  bool follows_ = false;  // a kernel of this call
 };
 
 Kernel finish_kernel(int chunk) {
@@ -293,7 +295,7 @@ cudaError_t select(const SelectArgs& args, const SelectSizes& sizes, const Works
   }
   if (has_lists) queue.run(merge_supers, problem.supers, kSelectThreads);
   queue.run(find_thresholds, problem.boundaries, kSelectThreads);
-  queue.run(find_death_chunks, problem.deaths, kDeathThreads);
+  queue.run(find_death_chunks, problem.deaths, std::min(sizes.chunk, kDeathThreads));
   queue.run(finish, problem.chunks, sizes.chunk);
   return queue.status();
 }

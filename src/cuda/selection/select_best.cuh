@@ -1,12 +1,11 @@
-// The k keys of highest rank among the candidates of one CTA, by radix selection: 11, 11 and 10 bits of the
-// score at a time, from the top. A sample of the candidates gives a bound that the lowest score kept cannot
-// be below. Mostly few candidates reach it: one look at all of them puts these aside, and the rest is done
-// there. Otherwise the candidates are read again in every pass, from the L1 or L2 cache, so that any number
-// of them will do. Ties at the lowest score kept are settled by the order of the candidates, which is that of
-// their indices.
+// The k keys of highest rank among the candidates of one CTA. The bits of the lowest one kept lie in a range
+// that histograms of 2048 bins narrow, at most three times, until it is one number or holds few candidates.
+// Mostly only few candidates can be kept at all: a sample gives a bound that probably enough of them reach
+// and not too many, one look at all puts these aside, and from there on their bits are in registers. Where
+// the bound fails, or more are kept than there is room for, all candidates are read again for every
+// histogram, from the L1 or L2 cache, so that any number of them will do. Ties at the lowest score kept are
+// settled by the order of the candidates, which is that of their indices.
 #pragma once
-
-#include <cub/block/block_scan.cuh>
 
 #include "cuda/selection/select_problem.cuh"
 
@@ -106,76 +105,85 @@ __device__ __forceinline__ void visit_in_any_order(const Candidates& candidates,
                [&](unsigned i, const unsigned(&bits)[kGroup]) { visit(candidates.list_size + i, bits); });
 }
 
-// The lowest score kept, as far as it is known: keys with bits >> shift above `digits` are kept, of those
-// equal to it, the ties, all but the first `dropped_ties`.
+// The lowest score kept: keys of higher bits are kept, of those of equal bits, the ties, all but the first
+// `dropped_ties`.
 struct Threshold {
-  unsigned digits = 0;
-  int shift = 0;
+  unsigned bits = 0;
   unsigned dropped_ties = 0;
   int num_kept = 0;
   bool short_of_keys = false;  // fewer than k are enabled: all of them are kept, and none is a tie
 
   // No key below it is kept, and no later one below it ever will be.
-  __device__ unsigned lower_bound() const { return short_of_keys ? 1 : max(digits << shift, 1u); }
-  __device__ bool above(unsigned bits) const { return bits >> shift > digits; }
-  __device__ bool tie(unsigned bits) const { return !short_of_keys && bits >> shift == digits; }
+  __device__ unsigned lower_bound() const { return short_of_keys ? 1 : bits; }
+  __device__ bool above(unsigned key_bits) const { return key_bits > bits; }
+  __device__ bool tie(unsigned key_bits) const { return !short_of_keys && key_bits == bits; }
 };
+
+// Sorts the values of a warp, the highest in lane 0.
+__device__ __forceinline__ unsigned sort_in_warp(unsigned value) {
+#pragma unroll
+  for (int run = 2; run <= 32; run *= 2) {
+#pragma unroll
+    for (int stride = run / 2; stride > 0; stride /= 2) {
+      const unsigned other = __shfl_xor_sync(kFullWarp, value, stride);
+      const bool higher = ((lane_index() & run) == 0) == ((lane_index() & stride) == 0);
+      value = higher ? max(value, other) : min(value, other);
+    }
+  }
+  return value;
+}
 
 class BestKeys {
  public:
-  // Once so few candidates can be the lowest kept, they are put aside, and the rest is not looked at again.
-  static constexpr unsigned kMaxGathered = 4096;
+  static constexpr unsigned kPerThread = 8;
+  static constexpr unsigned kMaxAside = kPerThread * kSelectThreads;
+  static constexpr unsigned kFew = 32;
 
   struct Storage {
-    unsigned histogram[2048];
-    typename cub::BlockScan<unsigned, kSelectThreads>::TempStorage scan;
-    unsigned digit, above, in_bin, enabled;
+    alignas(8) unsigned histogram[2048];  // zeros but between counting and find_bin
+    unsigned places[kMaxAside];           // of the candidates put aside; before, the sample
+    Rank few[kFew];                       // the last candidates in question: bits and place
+    unsigned num_aside, highest, num_few;
+    unsigned bin, above, in_bin;
+    unsigned warp_sums[kSelectWarps];
     unsigned warp_above[kSelectWarps];
     unsigned warp_ties[kSelectWarps];
-    unsigned num_gathered;
-    unsigned gathered_bits[kMaxGathered];
-    unsigned gathered_places[kMaxGathered];
   };
 
   __device__ BestKeys(Storage& storage, const Candidates& candidates)
       : storage_(storage), candidates_(candidates) {}
 
+  // Once, and before find_lowest.
   __device__ Threshold find_threshold(int k) {
-    Threshold threshold;
-    threshold.shift = 32;
-    threshold.num_kept = k;
-    unsigned rank = k;  // of the key sought, among those that agree with `digits`
-    const Bound bound = bound_from_sample(rank);
-    for (int width = kFirstWidth; threshold.shift > 0; width = min(11, threshold.shift)) {
-      if (threshold.shift == 32) {
-        count_first_digits(bound);
-      } else {
-        count_digits(threshold, width);
-      }
-      find_bin(rank);
-      if (threshold.shift == 32 && storage_.enabled < static_cast<unsigned>(k)) {
-        return {0, 0, 0, static_cast<int>(storage_.enabled), true};
-      }
+    clear();
+    unsigned rank = k;                       // of the key sought, among those in the range
+    unsigned in_range = candidates_.size();  // at most
+    const unsigned bound = bound_from_sample(k);
+    if (bound > range_.least) put_aside({bound, range_.most}, k);
+    for (;;) {
+      if (!is_aside_ && in_range <= kMaxAside) put_aside(range_, 0);
+      const int shift = max(32 - __clz(static_cast<int>(range_.most - range_.least)) - 11, 0);
+      count(shift);
+      const unsigned counted = find_bin(rank);
+      if (counted < rank) return {0, 0, static_cast<int>(counted), true};
       rank -= storage_.above;
-      threshold.digits = threshold.digits << width | storage_.digit;
-      threshold.shift -= width;
-      threshold.dropped_ties = storage_.in_bin - rank;
-      // Keys below the bound are not counted, so that a bin with some of them may hold more.
-      if (storage_.in_bin == 1 && threshold.digits << threshold.shift >= bound.least) break;
+      in_range = storage_.in_bin;
+      range_.least += storage_.bin << shift;
+      range_.most = min(range_.most - range_.least, (1u << shift) - 1) + range_.least;
+      if (in_range <= kFew) {
+        if (!is_aside_) put_aside(range_, 0);
+        return settle(rank, k);
+      }
+      if (range_.least == range_.most) return {range_.least, in_range - rank, k, false};
     }
-    return threshold;
   }
 
   // The place of the first tie that is kept. Only one thread learns it; the others get false.
   __device__ bool find_lowest(const Threshold& threshold, unsigned& place) {
-    if (gathered_ && storage_.in_bin == 1) {
-      bool found = false;
-      for (unsigned i = threadIdx.x; i < storage_.num_gathered; i += kSelectThreads) {
-        if (!threshold.tie(storage_.gathered_bits[i])) continue;
-        place = storage_.gathered_places[i];
-        found = true;
-      }
-      return found;
+    if (threshold.short_of_keys) return false;
+    if (is_settled_) {
+      place = lowest_;
+      return threadIdx.x == 0;
     }
     unsigned ties = 0;
     unsigned first_tie = 0;
@@ -185,10 +193,7 @@ class BestKeys {
       ties += __popc(mask);
     });
     const unsigned before = sum_over_earlier_warps(storage_.warp_ties, ties);
-    if (threshold.short_of_keys || threshold.dropped_ties < before ||
-        threshold.dropped_ties >= before + ties) {
-      return false;
-    }
+    if (threshold.dropped_ties < before || threshold.dropped_ties >= before + ties) return false;
     unsigned to_skip = threshold.dropped_ties - before;  // ties of this warp's part
     place = first_tie;
     if (to_skip > 0) {
@@ -252,110 +257,166 @@ class BestKeys {
   }
 
  private:
-  static constexpr int kFirstWidth = 11;
+  // Bits of enabled keys, both ends included.
+  struct Range {
+    unsigned least = 0x00800000u;
+    unsigned most = 0xff800000u;
 
-  // Bits that k of the candidates reach, and how many of them probably do.
-  struct Bound {
-    unsigned least;
-    unsigned expected;
+    __device__ bool has(unsigned bits) const { return bits - least <= most - least; }
+    // Numbers that the scores of a range lie between: the least one's, and the greatest one's.
+    __device__ float least_score() const { return score_of(least); }
+    __device__ float most_score() const { return score_of(most == 0x7fffffffu ? most - 1 : most); }
+
+    // 0x7fffffff, which no score has, would be -0.
+    __device__ static float score_of(unsigned bits) {
+      return __uint_as_float((bits >> 31) != 0 ? bits ^ 0x80000000u : ~bits);
+    }
   };
 
-  // Found in a sample: the later keys, since scores may grow. Without a bound, all enabled keys reach it.
-  __device__ Bound bound_from_sample(unsigned k) {
-    // Of n keys about n k / m reach the k-th of a sample of m.
-    constexpr unsigned kAimedAt = kMaxGathered * 3 / 4;
-    const unsigned size = candidates_.size();
-    const Bound none{1, size};
-    if (size <= kMaxGathered) return none;
-    const bool from_list = candidates_.list_size >= k;
-    const unsigned in_array = from_list ? candidates_.list_size : candidates_.range_size;
-    const auto wanted = static_cast<unsigned>(static_cast<unsigned long long>(size) * k / kAimedAt);
-    const unsigned sample_size = min(max(wanted, k), in_array);
-    if (sample_size < k || sample_size > size / 2) return none;
-    const auto visit_sample = [&](auto&& visit) {
-      visit_groups(from_list ? candidates_.list_bits : candidates_.range_bits,
-                   !from_list && candidates_.range_is_scores, in_array - sample_size, in_array,
-                   [&](unsigned, const unsigned(&bits)[kGroup]) { visit(bits); });
-    };
-    const auto expected = [&](unsigned reached) {
-      return static_cast<unsigned>(static_cast<unsigned long long>(reached) * size / sample_size);
-    };
-    clear_histogram();
-    visit_sample([&](const unsigned(&bits)[kGroup]) { count_group(bits, 1); });
-    __syncthreads();
-    find_bin(k);
-    if (storage_.enabled < k) return none;
-    Threshold threshold;
-    threshold.digits = storage_.digit;
-    threshold.shift = 32 - kFirstWidth;
-    unsigned reached = storage_.above + storage_.in_bin;
-    if (expected(reached) > kMaxGathered * 7 / 8) {
-      const unsigned above = storage_.above;
-      __syncthreads();  // the bin is known to all
-      clear_histogram();
-      visit_sample([&](const unsigned(&bits)[kGroup]) { count_next_digit(bits, threshold, 11); });
-      __syncthreads();
-      find_bin(k - above);
-      threshold.digits = threshold.digits << 11 | storage_.digit;
-      threshold.shift -= 11;
-      reached = above + storage_.above + storage_.in_bin;
-    }
-    __syncthreads();  // the bin is known to all
-    return {threshold.digits << threshold.shift, expected(reached)};
-  }
-
-  // The histogram of the first digits of the keys that reach the bound. If they are few, they are put aside
-  // first.
-  __device__ void count_first_digits(const Bound& bound) {
-    constexpr int kShift = 32 - kFirstWidth;
-    clear_histogram();
-    if (bound.expected <= kMaxGathered) {
-      visit_in_any_order(candidates_, [&](unsigned place, const unsigned(&bits)[kGroup]) {
-        gather(place, bits, [&](unsigned key_bits) { return key_bits >= bound.least; });
-      });
-      __syncthreads();
-      gathered_ = storage_.num_gathered <= kMaxGathered;
-    }
-    if (gathered_) {
-      for (unsigned i = threadIdx.x; i < storage_.num_gathered; i += kSelectThreads) {
-        atomicAdd(&storage_.histogram[storage_.gathered_bits[i] >> kShift], 1u);
-      }
-    } else {
-      visit_in_any_order(candidates_,
-                         [&](unsigned, const unsigned(&bits)[kGroup]) { count_group(bits, bound.least); });
-    }
-    __syncthreads();
-  }
-
-  // The histogram of the next `width` bits of the keys that agree with threshold.digits.
-  __device__ void count_digits(const Threshold& threshold, int width) {
-    const bool gathers = !gathered_ && storage_.in_bin <= kMaxGathered;
-    const auto counts = [&](unsigned bits) { return bits >> threshold.shift == threshold.digits; };
-    __syncthreads();  // in_bin and num_gathered are read
-    clear_histogram(!gathered_);
-    if (gathered_) {
-      for (unsigned i = threadIdx.x; i < storage_.num_gathered; i += kSelectThreads) {
-        const unsigned bits = storage_.gathered_bits[i];
-        if (counts(bits)) atomicAdd(&storage_.histogram[next_digit(bits, threshold, width)], 1u);
-      }
-    } else {
-      visit_in_any_order(candidates_, [&](unsigned place, const unsigned(&bits)[kGroup]) {
-        count_next_digit(bits, threshold, width);
-        if (gathers) gather(place, bits, counts);
-      });
-    }
-    gathered_ = gathered_ || gathers;
-    __syncthreads();
-  }
-
-  __device__ void clear_histogram(bool and_gathered = true) {
+  __device__ void clear() {
     for (unsigned bin = threadIdx.x; bin < 2048; bin += kSelectThreads) storage_.histogram[bin] = 0;
-    if (and_gathered && threadIdx.x == 0) storage_.num_gathered = 0;
+    if (threadIdx.x == 0) storage_.num_aside = storage_.highest = storage_.num_few = 0;
+    __syncthreads();
+  }
+
+  // Bits that probably at least k of the candidates reach, twice as many if there is room for them; 0 where
+  // none are sought. The sample is 32 runs of neighbouring candidates, evenly spread; where few candidates
+  // shall reach the bound, each key is the best of several runs. Every warp finds the bound for one key of
+  // each run, and the median of the warps is taken.
+  __device__ unsigned bound_from_sample(unsigned k) {
+    const unsigned size = candidates_.size();
+    const unsigned wanted = min(max(2 * k, kMaxAside / 16), (k + kMaxAside) / 2);
+    if (k > kMaxAside / 4 * 3 || size < kSelectThreads || wanted > size / 4 * 3) return 0;
+    const float share = static_cast<float>(wanted) / static_cast<float>(size);
+    constexpr float kLeastOrder = 4;  // of a warp's 32: the first are too uncertain
+    const auto runs = min(static_cast<unsigned>(ceilf(kLeastOrder / (32 * share))), size / kSelectThreads);
+    const auto order = static_cast<int>(32 * share * static_cast<float>(runs) + 0.5f);
+    const unsigned distance = size / (32 * runs);
+    unsigned value = 0;
+    for (unsigned run = warp_index(); run < 32 * runs; run += 32) {
+      value = max(value, candidates_.bits(run * distance + (distance - 32) / 2 + lane_index()));
+    }
+    unsigned(&sample)[kMaxAside] = storage_.places;
+    sample[lane_index() * 33 + warp_index()] = value;
+    __syncthreads();
+    value = sort_in_warp(sample[warp_index() * 33 + lane_index()]);
+    value = __shfl_sync(kFullWarp, value, max(order, 1) - 1);
+    if (lane_index() == 0) storage_.warp_sums[warp_index()] = value;
+    __syncthreads();
+    return __shfl_sync(kFullWarp, sort_in_warp(storage_.warp_sums[lane_index()]), 16);
+  }
+
+  // Puts the candidates in the range aside, unless they are fewer than `least` or more than there is room
+  // for; then range_ is theirs.
+  __device__ void put_aside(const Range& range, unsigned least) {
+    collect<false>(candidates_.list_bits, candidates_.list_size, 0, range);
+    if (candidates_.range_is_scores) {
+      collect<true>(candidates_.range_bits, candidates_.range_size, candidates_.list_size, range);
+    } else {
+      collect<false>(candidates_.range_bits, candidates_.range_size, candidates_.list_size, range);
+    }
+    __syncthreads();
+    const unsigned number = storage_.num_aside;
+    is_aside_ = number >= least && number <= kMaxAside;
+    unsigned highest = 0;
+    if (is_aside_) {
+#pragma unroll
+      for (unsigned i = 0; i < kPerThread; ++i) {
+        const unsigned index = threadIdx.x + i * kSelectThreads;
+        bits_[i] = index < number ? candidates_.bits(storage_.places[index]) : 0;
+        highest = max(highest, bits_[i]);
+      }
+      highest = __reduce_max_sync(kFullWarp, highest);
+      if (lane_index() == 0) atomicMax(&storage_.highest, highest);
+    }
+    __syncthreads();
+    if (is_aside_) {
+      range_ = {range.least, max(storage_.highest, range.least)};
+    } else {
+      if (threadIdx.x == 0) storage_.num_aside = 0;
+      __syncthreads();
+    }
+  }
+
+  // Appends the places of the keys of array[size] that are in the range to those put aside; num_aside counts
+  // also those that there is no room for. first_place: of array[0].
+  template <bool kScores>
+  __device__ void collect(const unsigned* array, unsigned size, unsigned first_place, const Range& range) {
+    const float least = range.least_score();
+    const float most = range.most_score();
+    const auto reaches = [&](unsigned value) {
+      if (!kScores) return range.has(value);
+      return __uint_as_float(value) >= least && __uint_as_float(value) <= most;
+    };
+    for (unsigned first = 0; first < size; first += 32 * kSelectThreads) {
+      const unsigned* const own = array + first + threadIdx.x;
+      const unsigned left = size - first;
+      unsigned mask = 0;  // of the thread's 32 keys, kSelectThreads apart
+      for (unsigned u = 0; u < 32 && u * kSelectThreads < left; u += kGroup) {
+        unsigned values[kGroup];
+        if ((u + kGroup) * kSelectThreads <= left) {
+#pragma unroll
+          for (unsigned i = 0; i < kGroup; ++i) values[i] = own[(u + i) * kSelectThreads];
+        } else {
+#pragma unroll
+          for (unsigned i = 0; i < kGroup; ++i) {
+            constexpr unsigned kNone = kScores ? 0xffffffffu : 0;
+            values[i] = threadIdx.x + (u + i) * kSelectThreads < left ? own[(u + i) * kSelectThreads] : kNone;
+          }
+        }
+        unsigned group = 0;
+#pragma unroll
+        for (unsigned i = 0; i < kGroup; ++i) group |= reaches(values[i]) ? 1u << i : 0;
+        mask |= group << u;
+      }
+      append_places(mask, first_place + first + threadIdx.x);
+    }
+  }
+
+  // Appends place + n * kSelectThreads for every bit n of the mask.
+  __device__ void append_places(unsigned mask, unsigned place) {
+    const auto number = static_cast<unsigned>(__popc(mask));
+    unsigned until = number;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const unsigned before = __shfl_up_sync(kFullWarp, until, step);
+      if (lane_index() >= step) until += before;
+    }
+    const unsigned all = __shfl_sync(kFullWarp, until, 31);
+    if (all == 0) return;
+    unsigned index = 0;
+    if (lane_index() == 0) index = atomicAdd(&storage_.num_aside, all);
+    index = __shfl_sync(kFullWarp, index, 0) + until - number;
+    for (; mask != 0 && index < kMaxAside; mask &= mask - 1) {
+      storage_.places[index++] =
+          place + static_cast<unsigned>(__ffs(static_cast<int>(mask)) - 1) * kSelectThreads;
+    }
+  }
+
+  // The histogram of the bits in the range, 2^shift of them to a bin. Where scores hardly differ, whole warps
+  // share a bin; then one lane adds for all.
+  __device__ void count(int shift) {
+    const auto add = [&](unsigned bits, unsigned number) {
+      if (range_.has(bits)) atomicAdd(&storage_.histogram[(bits - range_.least) >> shift], number);
+    };
+    if (is_aside_) {
+#pragma unroll
+      for (unsigned i = 0; i < kPerThread; ++i) add(bits_[i], 1);
+    } else {
+      visit_in_any_order(candidates_, [&](unsigned, const unsigned(&bits)[kGroup]) {
+        if (all_equal(bits)) {
+          if (lane_index() == 0) add(bits[0], 32 * kGroup);
+          return;
+        }
+#pragma unroll
+        for (unsigned u = 0; u < kGroup; ++u) add(bits[u], 1);
+      });
+    }
     __syncthreads();
   }
 
   // All keys of a warp's group have the same bits.
-  __device__ bool all_equal(const unsigned (&bits)[kGroup]) {
+  __device__ static bool all_equal(const unsigned (&bits)[kGroup]) {
     const unsigned first = __shfl_sync(kFullWarp, bits[0], 0);
     bool equal = true;
 #pragma unroll
@@ -363,92 +424,61 @@ class BestKeys {
     return __all_sync(kFullWarp, equal);
   }
 
-  __device__ static unsigned next_digit(unsigned bits, const Threshold& threshold, int width) {
-    return bits >> (threshold.shift - width) & ((1u << width) - 1);
-  }
-
-  // Adds the next `width` bits of the keys that agree with threshold.digits. Where scores hardly differ,
-  // whole warps share a bin; then one lane adds for all.
-  __device__ void count_next_digit(const unsigned (&bits)[kGroup], const Threshold& threshold, int width) {
-    const auto count = [&](unsigned key_bits, unsigned number) {
-      if (key_bits >> threshold.shift != threshold.digits) return;
-      atomicAdd(&storage_.histogram[next_digit(key_bits, threshold, width)], number);
-    };
-    if (all_equal(bits)) {
-      if (lane_index() == 0) count(bits[0], 32 * kGroup);
-      return;
-    }
+  // The bin that holds the key of this rank, counted from the highest bin, 1 the first, unless fewer are
+  // counted. Returns how many are, and clears the histogram. A thread has two bins.
+  __device__ unsigned find_bin(unsigned rank) {
+    static_assert(kSelectThreads == 1024);
+    const unsigned low_bin = 2046 - 2 * threadIdx.x;
+    uint2* const bins = reinterpret_cast<uint2*>(storage_.histogram + low_bin);
+    const uint2 counts = *bins;
+    *bins = {0, 0};
+    const unsigned sum = counts.x + counts.y;
+    const unsigned warp_sum = __reduce_add_sync(kFullWarp, sum);
+    if (lane_index() == 0) storage_.warp_sums[warp_index()] = warp_sum;
+    __syncthreads();
+    const unsigned of_lane = storage_.warp_sums[lane_index()];
+    const unsigned counted = __reduce_add_sync(kFullWarp, of_lane);
+    unsigned before = __reduce_add_sync(kFullWarp, lane_index() < warp_index() ? of_lane : 0u);
+    if (before < rank && rank <= before + warp_sum) {
+      unsigned until = sum;
 #pragma unroll
-    for (unsigned u = 0; u < kGroup; ++u) count(bits[u], 1);
-  }
-
-  // Adds the first digits of the keys that reach `least`. Bin 0, that of disabled keys, is never looked at.
-  __device__ void count_group(const unsigned (&bits)[kGroup], unsigned least) {
-    constexpr int kShift = 32 - kFirstWidth;
-    if (all_equal(bits)) {
-      if (lane_index() == 0 && bits[0] >= least) {
-        atomicAdd(&storage_.histogram[bits[0] >> kShift], 32 * kGroup);
+      for (int step = 1; step < 32; step *= 2) {
+        const unsigned earlier = __shfl_up_sync(kFullWarp, until, step);
+        if (lane_index() >= step) until += earlier;
       }
-      return;
-    }
-#pragma unroll
-    for (unsigned u = 0; u < kGroup; ++u) {
-      if (bits[u] >= least) atomicAdd(&storage_.histogram[bits[u] >> kShift], 1u);
-    }
-  }
-
-  // Puts the keys aside for which gathers(bits), as long as there is room; num_gathered counts the others
-  // too.
-  template <typename Gathers>
-  __device__ void gather(unsigned place, const unsigned (&bits)[kGroup], const Gathers& gathers) {
-    unsigned masks[kGroup];
-    unsigned count = 0;
-#pragma unroll
-    for (unsigned u = 0; u < kGroup; ++u) {
-      masks[u] = __ballot_sync(kFullWarp, gathers(bits[u]));
-      count += __popc(masks[u]);
-    }
-    if (count == 0) return;
-    unsigned index = 0;
-    if (lane_index() == 0) index = atomicAdd(&storage_.num_gathered, count);
-    index = __shfl_sync(kFullWarp, index, 0);
-#pragma unroll
-    for (unsigned u = 0; u < kGroup; ++u) {
-      const unsigned mine = index + __popc(masks[u] & lanes_before(lane_index()));
-      if ((masks[u] >> lane_index() & 1) != 0 && mine < kMaxGathered) {
-        storage_.gathered_bits[mine] = bits[u];
-        storage_.gathered_places[mine] = place + u * kSelectThreads;
+      before += until - sum;
+      const bool is_high = rank <= before + counts.y;
+      if (before < rank && rank <= before + sum) {
+        storage_.bin = low_bin + (is_high ? 1 : 0);
+        storage_.above = before + (is_high ? 0 : counts.y);
+        storage_.in_bin = is_high ? counts.y : counts.x;
       }
-      index += __popc(masks[u]);
-    }
-  }
-
-  // The bin that holds the key of this rank, counted from the highest digit, 1 the first. Also counts the
-  // enabled keys: in the first pass they are those of the bins from 1 on, since the least enabled score is
-  // 0x00800000.
-  __device__ void find_bin(unsigned rank) {
-    constexpr int kBins = 2048 / kSelectThreads;
-    const unsigned first_bin = 2047 - kBins * threadIdx.x;
-    unsigned counts[kBins];
-    unsigned sum = 0;
-#pragma unroll
-    for (int i = 0; i < kBins; ++i) {
-      counts[i] = storage_.histogram[first_bin - i];
-      sum += counts[i];
-    }
-    unsigned before;
-    cub::BlockScan<unsigned, kSelectThreads>(storage_.scan).ExclusiveSum(sum, before);
-    if (threadIdx.x == kSelectThreads - 1) storage_.enabled = before + sum - counts[kBins - 1];
-#pragma unroll
-    for (int i = 0; i < kBins; ++i) {
-      if (before < rank && rank <= before + counts[i]) {
-        storage_.digit = first_bin - i;
-        storage_.above = before;
-        storage_.in_bin = counts[i];
-      }
-      before += counts[i];
     }
     __syncthreads();
+    return counted;
+  }
+
+  // The threshold, when at most kFew candidates are in the range, and among them the lowest kept has this
+  // rank.
+  __device__ Threshold settle(unsigned rank, int k) {
+#pragma unroll
+    for (unsigned i = 0; i < kPerThread; ++i) {
+      if (!range_.has(bits_[i])) continue;
+      const unsigned place = storage_.places[threadIdx.x + i * kSelectThreads];
+      storage_.few[atomicAdd(&storage_.num_few, 1u)] = make_rank(bits_[i], static_cast<int>(place));
+    }
+    __syncthreads();
+    const auto number = static_cast<int>(storage_.num_few);
+    const Rank own = lane_index() < number ? storage_.few[lane_index()] : 0;
+    unsigned better = own == 0 ? kFew : 0;
+    for (int i = 0; i < number; ++i) better += storage_.few[i] > own ? 1 : 0;
+    const unsigned here = __ballot_sync(kFullWarp, better == rank - 1);
+    const Rank lowest = __shfl_sync(kFullWarp, own, __ffs(static_cast<int>(here)) - 1);
+    const auto bits = static_cast<unsigned>(lowest >> 32);
+    const bool dropped = own < lowest && own >> 32 == bits;
+    is_settled_ = true;
+    lowest_ = static_cast<unsigned>(key_of(lowest));
+    return {bits, static_cast<unsigned>(__popc(__ballot_sync(kFullWarp, dropped))), k, false};
   }
 
   __device__ unsigned sum_over_earlier_warps(unsigned (&sums)[kSelectWarps], unsigned value) {
@@ -459,7 +489,11 @@ class BestKeys {
 
   Storage& storage_;
   const Candidates candidates_;
-  bool gathered_ = false;
+  Range range_;                // where the bits of the lowest key kept lie
+  bool is_aside_ = false;      // the candidates in the range are
+  unsigned bits_[kPerThread];  // of the thread's candidates put aside, 0 for none
+  bool is_settled_ = false;
+  unsigned lowest_ = 0;  // if settled: the place of the lowest key kept
 };
 
 }  // namespace flash_dmattn::cuda

@@ -4,13 +4,21 @@
 // places before.
 #pragma once
 
-#include <cub/block/block_scan.cuh>
-
+#include "cuda/selection/bin_sort.cuh"
 #include "cuda/selection/select_best.cuh"
 #include "cuda/selection/select_problem.cuh"
-#include "cuda/selection/sort_ranks.cuh"
 
 namespace flash_dmattn::cuda {
+
+// Lane l gets the masks of the lanes up to l together.
+__device__ inline unsigned union_until(unsigned mask) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const unsigned before = __shfl_up_sync(kFullWarp, mask, step);
+    if (lane_index() >= step) mask |= before;
+  }
+  return mask;
+}
 
 // Of the new keys: which time (number among the new keys of the chunk, in the order of their positions) has
 // which rank. Answers kth in logarithmic time.
@@ -36,24 +44,19 @@ struct RankTimes {
     if (threadIdx.x == 0) num_blocks = blocks;
     if (in_use) {
       const int index = 32 * warp + lane;  // a rank, then a time
-      const int time_block = index < num_new ? time_of_rank[index] / 32 : kBlocks;
-      unsigned mine = 0;
-      for (int block = 0; block < blocks; ++block) {
-        const unsigned mask = __ballot_sync(kFullWarp, time_block <= block);
-        if (lane == block) mine = mask;
-      }
-      if (lane < blocks) until[warp][lane] = mine;
+      unsigned* const of_block = until[warp];
+      if (lane < blocks) of_block[lane] = 0;
+      __syncwarp();
+      if (index < num_new) atomicOr(of_block + time_of_rank[index] / 32, 1u << lane);
+      __syncwarp();
+      const unsigned ranks_until = union_until(lane < blocks ? of_block[lane] : 0);
+      __syncwarp();
+      if (lane < blocks) of_block[lane] = ranks_until;
       if (warp == 0 && lane < blocks) until[blocks][lane] = 0;
 
-      const int own_rank = index < num_new ? rank_of_time[index] : kChunk;
-      int order = index < num_new ? 0 : 32;
-      for (int other = 0; other < 32; ++other)
-        order += __shfl_sync(kFullWarp, own_rank, other) < own_rank ? 1 : 0;
-      for (int n = 0; n < 32; ++n) {
-        const unsigned mask = __ballot_sync(kFullWarp, order <= n);
-        if (lane == n) mine = mask;
-      }
-      best[warp][lane] = mine;
+      const unsigned by_rank = index < num_new ? (kChunk - rank_of_time[index]) * 32u + lane : 0;
+      const unsigned nth = sort_in_warp(by_rank);
+      best[warp][lane] = union_until(nth == 0 ? 0 : 1u << nth % 32);
     }
     __syncthreads();
     if (!in_use) return;
@@ -107,11 +110,13 @@ struct RankTimes {
 template <int kChunk>
 struct ChunkStorage {
   Rank ranks[2 * kChunk];
-  RankTimes<kChunk> times;
+  union {
+    RankTimes<kChunk> times;
+    typename BinSort<kChunk, 2>::Storage sort;  // before
+  };
   unsigned short time_of_offset[kChunk];  // of the new key at this place of the chunk
   unsigned short offset_of_time[kChunk];
-  int warp_new[32];
-  typename cub::BlockScan<int, kChunk>::TempStorage scan;
+  int sums[32];  // of warps
 };
 
 // Chunk boundaries and what is known at them.
@@ -124,49 +129,27 @@ struct ChunkState {
   int num_old = 0;
 };
 
-// Gathers the candidates, best first, and returns their number.
+// Gathers the candidates, best first, and returns their number. rank: of the thread's new key.
 template <int kChunk>
 __device__ int gather_candidates(const SelectProblem& problem, const Sequence& sequence, int head, int chunk,
                                  const ChunkState& state, Rank rank, ChunkStorage<kChunk>& storage) {
   const int thread = static_cast<int>(threadIdx.x);
   const bool is_new = rank > state.threshold_before;
-  const unsigned new_mask = __ballot_sync(kFullWarp, is_new);
-  if (lane_index() == 0) storage.warp_new[warp_index()] = __popc(new_mask);
-  __syncthreads();
-  const int counted = lane_index() < kChunk / 32 ? storage.warp_new[lane_index()] : 0;
-  const int num_new = __reduce_add_sync(kFullWarp, counted);
-  const int time = __reduce_add_sync(kFullWarp, lane_index() < warp_index() ? counted : 0) +
-                   __popc(new_mask & lanes_before(lane_index()));
-  if (is_new) {
-    storage.ranks[state.num_old + time] = rank;
-    storage.time_of_offset[thread] = static_cast<unsigned short>(time);
-    storage.offset_of_time[time] = static_cast<unsigned short>(thread);
-  }
+  Rank own[2] = {is_new ? rank : 0, 0};
   if (thread < state.num_old) {
     const int key = problem.old_of(sequence, head, chunk)[thread];
     // Always so, unless cu_seqlens is nonsense.
     const bool is_old = static_cast<unsigned>(key) < static_cast<unsigned>(state.begin);
-    storage.ranks[thread] = is_old ? make_rank(problem.key_bits(sequence, head).bits(key), key) : 0;
+    if (is_old) own[1] = make_rank(problem.key_bits(sequence, head).bits(key), key);
+    if (own[1] >> 32 == 0) own[1] = 0;
   }
-  const int candidates = state.num_old + num_new;
-  constexpr int kItems = kChunk == 32 ? 2 : 4;
-  int size = 32 * kItems;
-  while (size < candidates) size *= 2;
-  for (int i = candidates + thread; i < size; i += kChunk) storage.ranks[i] = 0;
-  __syncthreads();
-  const bool sorts = thread < size / kItems;
-  Rank* const own_ranks = storage.ranks + (sorts ? thread * kItems : 0);
-  Rank ranks[kItems];
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) ranks[i] = own_ranks[i];
-  __syncthreads();
-  sort_ranks(ranks, size, storage.ranks);
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    if (sorts) own_ranks[i] = ranks[i];
+  int num_new;
+  const int time = sum_before(is_new ? 1 : 0, storage.sums, num_new);
+  if (is_new) {
+    storage.time_of_offset[thread] = static_cast<unsigned short>(time);
+    storage.offset_of_time[time] = static_cast<unsigned short>(thread);
   }
-  __syncthreads();
-  return candidates;
+  return BinSort<kChunk, 2>(storage.sort, storage.ranks).sort(own);
 }
 
 // Expiry of the candidates that die in the chunk. A thread owns the sorted candidates 2 * thread and 2 *
@@ -183,8 +166,7 @@ __device__ void find_deaths(const ChunkState& state, const ExpiryWriter& writer,
     time[i] = offset < 0 ? -1 : storage.time_of_offset[offset];
   }
   int better_new[2], num_new;
-  cub::BlockScan<int, kChunk>(storage.scan)
-      .ExclusiveSum((time[0] >= 0 ? 1 : 0) + (time[1] >= 0 ? 1 : 0), better_new[0], num_new);
+  better_new[0] = sum_before((time[0] >= 0 ? 1 : 0) + (time[1] >= 0 ? 1 : 0), storage.sums, num_new);
   better_new[1] = better_new[0] + (time[0] >= 0 ? 1 : 0);
   for (int i = 0; i < 2; ++i) {
     if (time[i] < 0) continue;
@@ -214,6 +196,7 @@ template <int kChunk>
 __global__ void __launch_bounds__(kChunk, kChunk == kSelectThreads ? kSelectCtasPerSm : 1)
     finish_chunks(const __grid_constant__ SelectProblem problem) {
   __shared__ ChunkStorage<kChunk> storage;
+  wait_for_previous_kernel();
   const auto [sequence, head, chunk] = find_piece(problem, problem.chunks);
   const int seqlen = sequence.seqlen_k;
   if (chunk >= problem.cut.chunks(seqlen)) return;

@@ -9,13 +9,15 @@ namespace flash_dmattn::cuda {
 
 constexpr int kConvertThreads = 256;
 constexpr int kConvertTile = 1024;
-constexpr int kDeathThreads = 256;
+constexpr int kDeathThreads = 1024;
 
 // The ordered bits of all scores, side by side whatever the strides of the scores, and the expiry of the
 // prefix as it is for keys that are not kept at its end. With keep_all, expiry alone. A CTA owns kConvertTile
 // keys of a sequence and head.
 __global__ void __launch_bounds__(kConvertThreads)
     convert_scores(const __grid_constant__ SelectProblem problem) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const auto [sequence, head, tile] = find_piece(problem, problem.tiles);
   const HeadScores scores = problem.scores_of(sequence, head);
   const ExpiryWriter writer = problem.writer_of(sequence, head);
@@ -67,6 +69,8 @@ __device__ inline Threshold copy_best(BestKeys::Storage& storage, const Candidat
 // boundary. A CTA owns a super-chunk.
 __global__ void __launch_bounds__(kSelectThreads, kSelectCtasPerSm)
     select_in_supers(const __grid_constant__ SelectProblem problem) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   __shared__ BestKeys::Storage storage;
   const auto [sequence, head, super] = find_piece(problem, problem.supers);
   const SelectCut& cut = problem.cut;
@@ -101,6 +105,8 @@ __device__ inline Candidates best_of_supers(const SelectProblem& problem, const 
 // super-chunk.
 __global__ void __launch_bounds__(kSelectThreads, kSelectCtasPerSm)
     merge_supers(const __grid_constant__ SelectProblem problem) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   __shared__ BestKeys::Storage storage;
   const auto [sequence, head, super] = find_piece(problem, problem.supers);
   const int seqlen = sequence.seqlen_k;
@@ -142,6 +148,8 @@ __device__ inline unsigned count_before(const int* keys, unsigned size, int posi
 // Without a tail: expiry of the keys kept at the end. A CTA owns a sequence and head.
 __global__ void __launch_bounds__(kSelectThreads, kSelectCtasPerSm)
     keep_best(const __grid_constant__ SelectProblem problem) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   __shared__ BestKeys::Storage storage;
   const int head = static_cast<int>(blockIdx.x % problem.geometry.heads_kv);
   const Sequence sequence =
@@ -175,6 +183,8 @@ __device__ inline int boundary_of(const SelectProblem& problem, int piece) {
 // its super-chunk and the entrants between them and the boundary; in the first super-chunk all keys.
 __global__ void __launch_bounds__(kSelectThreads, kSelectCtasPerSm)
     find_thresholds(const __grid_constant__ SelectProblem problem) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   __shared__ BestKeys::Storage storage;
   const auto [sequence, head, piece] = find_piece(problem, problem.boundaries);
   const int boundary = boundary_of(problem, piece);
@@ -258,8 +268,10 @@ __device__ inline void append_old(const SelectProblem& problem, const Sequence& 
 // Expiry of the keys that die at birth, by the threshold before them, or never; the lists `old` of those that
 // die in a later chunk. Left to finish_chunks: those that die in the chunk of their birth. A CTA owns the
 // keys of a chunk, or as many survivors of the prefix.
-__global__ void __launch_bounds__(kDeathThreads)
+__global__ void __launch_bounds__(kDeathThreads, kSelectCtasPerSm)
     find_death_chunks(const __grid_constant__ SelectProblem problem) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const auto [sequence, head, piece] = find_piece(problem, problem.deaths);
   const SelectCut& cut = problem.cut;
   const int seqlen = sequence.seqlen_k;

@@ -25,6 +25,7 @@ cudaError_t pack(const ForwardArgs& args, const ForwardParams<Element>& params, 
       .first_head = params.first_head,
       .num_heads = params.num_heads,
       .head_dim = params.head_dim,
+      .bias_scale = params.bias_scale,
       .causal = params.causal,
   };
   const std::int64_t units = std::int64_t{pack.packed.padding} + kPaddingUnits;
@@ -43,12 +44,15 @@ cudaError_t run(const ForwardArgs& args, const PlanView& plan, const ForwardBuff
       .tiles = RowTiles::make(geometry, args.causal, Config::kTileM),
       .packed = buffers.packed,
       .query = rows_tensor<const Element>(args.query),
+      .key = rows_tensor<const Element>(args.key),
+      .value = rows_tensor<const Element>(args.value),
       .out = rows_tensor<Element>(args.out),
       .lse = query_tensor<float>(args.lse),
       .first_head = 0,
       .num_heads = 0,
       .head_dim = static_cast<int>(args.query.shape[args.query.rank - 1]),
       .scale_log2 = static_cast<float>(args.scale * kLog2E),
+      .bias_scale = static_cast<float>(1 / (args.scale * kLog2E)),
       .causal = args.causal,
   };
   const std::int64_t multiprocessors = device_properties(device).multiprocessors;
@@ -57,8 +61,10 @@ cudaError_t run(const ForwardArgs& args, const PlanView& plan, const ForwardBuff
     params.first_head = head;
     params.num_heads = std::min(buffers.heads_per_wave, geometry.heads_kv - head);
     params.packed.padding = params.num_heads * params.packed.blocks_per_head * kUnitsPerBlock;
-    status = pack<Element, Config::kHeadDim>(args, params, stream);
-    if (status != cudaSuccess) return status;
+    if constexpr (!Config::kGather) {
+      status = pack<Element, Config::kHeadDim>(args, params, stream);
+      if (status != cudaSuccess) return status;
+    }
     const std::int64_t tiles =
         std::int64_t{params.num_heads} * params.tiles.head_chunks * params.tiles.num_tiles;
     status = launch(forward_kernel<Config>,
@@ -82,9 +88,9 @@ constexpr Instance instance(DType dtype) {
 }
 
 template <typename Element>
-using Config64 = ForwardConfig<Element, 64, 2, 11, 3, 40, 232>;
+using Config64 = ForwardConfig<Element, Feed::kPacked, 64, 3, 8, 3, 32, 160>;
 template <typename Element>
-using Config128 = ForwardConfig<Element, 128, 3, 5, 3, 32, 160>;
+using Config128 = ForwardConfig<Element, Feed::kPacked, 128, 3, 5, 3, 32, 160>;
 
 constexpr std::array kInstances = {
     instance<Config64<BFloat16>>(DType::kBFloat16),

@@ -27,7 +27,7 @@ constexpr int kAtomBytes = 1024;  // 8 rows of 64 columns
 // columns that a thread of wgmma holds lie side by side.
 struct __align__(16) UnitKeys {
   PlanEntry entries[kUnit];
-  float bias[kUnit];  // times log2(e); 0 without a bias
+  float bias[kUnit];  // divided by the scale; 0 without a bias
 
   __device__ static int place(int key) { return key % 8 / 2 * 4 + key / 8 * 2 + key % 2; }
 };
@@ -50,6 +50,7 @@ struct PackParams {
   int first_head;  // kv heads first_head .. first_head + num_heads - 1
   int num_heads;
   int head_dim;
+  float bias_scale;
   bool causal;
 };
 
@@ -69,6 +70,8 @@ __global__ void __launch_bounds__(kPackThreads)
   constexpr int kChunks = kHeadDim / 8;
   constexpr int kRowsPerPass = 32 / kChunks;
   constexpr int kPasses = kUnit / kRowsPerPass;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const int lane = static_cast<int>(threadIdx.x % 32);
   const std::int64_t unit = static_cast<std::int64_t>(blockIdx.x) * kPackUnits + threadIdx.x / 32;
   const PackedKeys& packed = params.packed;
@@ -95,7 +98,7 @@ __global__ void __launch_bounds__(kPackThreads)
     const int index = first + lane;
     entry =
         block.list.entries == nullptr ? PlanEntry{index, block.sequence.seqlen_k} : block.list.entries[index];
-    if (block.list.bias != nullptr) bias = block.list.bias[index];
+    if (block.list.bias != nullptr) bias = block.list.bias[index] * params.bias_scale;
   }
   if (lane < kUnit) {
     packed.keys[unit].entries[UnitKeys::place(lane)] = entry;

@@ -13,14 +13,15 @@ struct ForwardParams {
   Geometry geometry;
   PlanView plan;
   RowTiles tiles;
-  PackedKeys packed;
-  RowsTensor<const Element> query;
+  PackedKeys packed;  // if fed with them
+  RowsTensor<const Element> query, key, value;
   RowsTensor<Element> out;
   VectorTensor<float> lse;  // optional
   int first_head;           // kv heads first_head .. first_head + num_heads - 1
   int num_heads;
   int head_dim;
-  float scale_log2;  // scale * log2(e)
+  float scale_log2;  // scale * log2(e), positive
+  float bias_scale;  // 1 / scale_log2: biases of the plan times this are what S starts from
   bool causal;
 };
 

@@ -35,12 +35,16 @@ struct Launch {
   unsigned grid = 0;
   unsigned threads = 0;
   std::size_t shared_bytes = 0;
+  bool early = false;                     // on a GPU it may start before the kernel before it has ended
   void (*body)(void* context) = nullptr;  // the kernel, for the current thread
   void* context = nullptr;
 };
 
 // Runs the launch to its end. Launches of several host threads run one after another.
 void run(const Launch& launch);
+
+// Every thread of an early launch must have called this when it ends.
+void wait_for_previous_kernel();
 
 std::size_t shared_bytes_limit();
 int compute_capability();

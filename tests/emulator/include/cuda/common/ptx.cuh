@@ -13,6 +13,9 @@ namespace flash_dmattn::cuda {
 
 using SharedAddress = std::uint32_t;
 
+inline void wait_for_previous_kernel() { emulator::wait_for_previous_kernel(); }
+inline void let_next_kernel_start() {}
+
 inline unsigned char* dynamic_shared_memory() { return emulator::dynamic_shared_memory(); }
 
 inline SharedAddress shared_address(const void* pointer) { return emulator::shared_address(pointer); }
