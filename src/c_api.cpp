@@ -23,7 +23,7 @@ namespace {
 static_assert(sizeof(flash_dmattn_tensor) == 80);
 static_assert(sizeof(flash_dmattn_target) == 48);
 static_assert(sizeof(flash_dmattn_select_args) == 8 + 3 * 80 + 5 * 8);
-static_assert(sizeof(flash_dmattn_plan_args) == 8 + 6 * 80 + 3 * 8);
+static_assert(sizeof(flash_dmattn_plan_args) == 8 + 7 * 80 + 3 * 8);
 static_assert(sizeof(flash_dmattn_forward_args) == 8 + 12 * 80 + 3 * 8);
 static_assert(sizeof(flash_dmattn_backward_args) == 8 + 18 * 80 + 3 * 8);
 static_assert(FLASH_DMATTN_MAX_RANK == kMaxRank);
@@ -128,6 +128,7 @@ PlanArgs convert(Validator& check, const flash_dmattn_plan_args& from) {
           .bias = convert(check, "bias", from.bias),
           .cu_seqlens_q = convert(check, "cu_seqlens_q", from.cu_seqlens_q),
           .cu_seqlens_k = convert(check, "cu_seqlens_k", from.cu_seqlens_k),
+          .mask = convert(check, "mask", from.mask),
           .plan = convert(check, "plan", from.plan),
           .num_queries = from.num_queries,
           .keep_window = from.keep_window,

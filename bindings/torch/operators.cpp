@@ -30,16 +30,17 @@ Tensor select_op(Tensor score, std::int64_t keep_window, bool is_causal, std::in
 
 Tensor plan_op(OptionalTensor expiry, OptionalTensor score, OptionalTensor bias, OptionalTensor cu_seqlens_q,
                OptionalTensor cu_seqlens_k, std::int64_t num_queries, std::int64_t keep_window,
-               bool is_causal) {
-  if (!expiry.has_value() && !bias.has_value()) {
-    fail("plan", "expiry", "got neither expiry nor bias, expected at least one of them");
+               bool is_causal, OptionalTensor mask) {
+  if (!expiry.has_value() && !bias.has_value() && !mask.has_value()) {
+    fail("plan", "expiry", "got none of expiry, bias and mask, expected at least one of them");
   }
-  Call call("plan", expiry.has_value() ? *expiry : *bias);
+  Call call("plan", expiry.has_value() ? *expiry : bias.has_value() ? *bias : *mask);
   PlanArgs args{.expiry = call.view(expiry, "expiry"),
                 .score = call.view(score, "score"),
                 .bias = call.view(bias, "bias"),
                 .cu_seqlens_q = call.offsets(cu_seqlens_q, "cu_seqlens_q"),
                 .cu_seqlens_k = call.offsets(cu_seqlens_k, "cu_seqlens_k"),
+                .mask = call.view(mask, "mask"),
                 .num_queries = num_queries,
                 .keep_window = keep_window,
                 .causal = is_causal};
@@ -196,7 +197,7 @@ FLASH_DMATTN_LIBRARY(FLASH_DMATTN_TORCH_NAMESPACE, library) {
       "Tensor? cu_seqlens, SymInt num_queries=-1) -> Tensor");
   library.def(
       "plan(Tensor? expiry, Tensor? score, Tensor? bias, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-      "SymInt num_queries, int keep_window, bool is_causal) -> Tensor");
+      "SymInt num_queries, int keep_window, bool is_causal, Tensor? mask=None) -> Tensor");
   library.def(
       "forward(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? expiry, "
       "Tensor? score, Tensor? plan, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int keep_window, "

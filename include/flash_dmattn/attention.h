@@ -2,8 +2,8 @@
 //
 //   select: scores to expiry, the whole mask as one int32 per key: key j is visible to [j, expiry_j).
 //
-//   plan: expiry to the key lists that the CUDA kernels read. Forward and backward make their own if given
-//   none.
+//   plan: expiry to the key lists, or mask and dense bias to the bits, that the CUDA kernels read. Forward
+//   and backward make their own if given none.
 //
 //   forward: query, key, value, bias, expiry to out and lse.
 //
@@ -18,7 +18,8 @@
 // start.
 //
 // query, key, value, out and their gradients share one type: float64, float32, bfloat16 or float16. Key-only
-// bias, lse and their gradients are float32, or float64 where the query is float64. Arithmetic is in that type.
+// bias, lse and their gradients are float32, or float64 where the query is float64. Arithmetic is in that
+// type.
 //
 // The library allocates nothing (but the message of an error), owns no thread and keeps no state between
 // calls: any number of threads may call it at the same time. The same input gives the same bits, whatever the
@@ -60,14 +61,16 @@ struct SelectArgs {
   std::int64_t num_queries = -1;
 };
 
-// The key lists that the CUDA kernels read; docs/plan.md describes them. Forward and backward of one call may
-// share one plan. At least one of expiry and bias is present.
+// What the CUDA kernels read instead of what hides keys: key lists, or bits where there is a mask or a dense
+// bias; docs/plan.md describes both. Forward and backward of one call may share one plan. At least one of
+// expiry, bias and mask is present.
 struct PlanArgs {
   TensorView expiry{};        // optional, as in ForwardArgs
   TensorView score{};         // optional, as in ForwardArgs
   TensorView bias{};          // optional, as in ForwardArgs
   TensorView cu_seqlens_q{};  // as in ForwardArgs
   TensorView cu_seqlens_k{};
+  TensorView mask{};             // optional, as in ForwardArgs
   TensorView plan{};             // out, int32 [plan_elements(args, target)]
   std::int64_t num_queries = 0;  // Sq; ignored if packed
   std::int64_t keep_window = 0;  // as in ForwardArgs
@@ -79,9 +82,9 @@ struct ForwardArgs {
   TensorView key{};    // [B, Sk, Hkv, D], packed [total_k, Hkv, D]
   TensorView value{};  // like key
 
-  // Optional, added to the logits. Key-only: [B, Hkv, Sk], packed [total_k, Hkv]. Dense (not packed): [B or 1,
-  // 1 or Hkv or H, Sq or 1, Sk], of any floating type. -inf hides: a key-only one hides its key from everybody,
-  // a dense one from its row. The key and value of a key that no row sees may hold anything.
+  // Optional, added to the logits. Key-only: [B, Hkv, Sk], packed [total_k, Hkv]. Dense (not packed): [B or
+  // 1, 1 or Hkv or H, Sq or 1, Sk], of any floating type. -inf hides: a key-only one hides its key from
+  // everybody, a dense one from its row. The key and value of a key that no row sees may hold anything.
   TensorView bias{};
   // Optional, bool, with the dense shapes of bias: true where a row sees a key, provided that everything else
   // (causality, expiry, bias) lets it.
@@ -113,11 +116,11 @@ struct BackwardArgs {
   std::int64_t keep_window = 0;
   TensorView plan{}, cu_seqlens_q{}, cu_seqlens_k{};
 
-  TensorView out{}, lse{};               // what forward returned; lse is needed here
-  TensorView dout{};                     // like out
-  TensorView dlse{};                     // optional, like lse
-  // Out, like query, key, value, bias, summed over the axes along which a dense bias has size 1; an absent one
-  // is not computed.
+  TensorView out{}, lse{};  // what forward returned; lse is needed here
+  TensorView dout{};        // like out
+  TensorView dlse{};        // optional, like lse
+  // Out, like query, key, value, bias, summed over the axes along which a dense bias has size 1; an absent
+  // one is not computed.
   TensorView dq{}, dk{}, dv{}, dbias{};
   double scale = 0;
   bool causal = true;

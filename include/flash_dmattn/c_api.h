@@ -85,12 +85,13 @@ typedef struct flash_dmattn_select_args {
 
 typedef struct flash_dmattn_plan_args {
   uint64_t struct_size;
-  flash_dmattn_tensor expiry, score, bias;        /* optional, but one of expiry and bias */
+  flash_dmattn_tensor expiry, score, bias;        /* optional, but one of expiry, bias and mask */
   flash_dmattn_tensor cu_seqlens_q, cu_seqlens_k; /* optional */
   flash_dmattn_tensor plan;                       /* out */
   int64_t num_queries;
   int64_t keep_window;
-  int64_t causal; /* 0 or 1 */
+  int64_t causal;           /* 0 or 1 */
+  flash_dmattn_tensor mask; /* optional */
 } flash_dmattn_plan_args;
 
 typedef struct flash_dmattn_forward_args {

@@ -228,7 +228,7 @@ def _ranked_natively(score: Tensor | None) -> bool:
     return score is not None and (score.dtype != torch.float64 or score.device.type == "cpu")
 
 
-def _native_arguments(problem: Problem) -> tuple:
+def _native_arguments(problem: Problem, plan: Tensor | None = None) -> tuple:
     is_ranked = problem.expiry is not None and _ranked_natively(problem.score)
     return (
         problem.query,
@@ -238,7 +238,7 @@ def _native_arguments(problem: Problem) -> tuple:
         problem.dense_mask,
         problem.expiry,
         problem.score if is_ranked else None,
-        None,
+        plan,
         problem.cu_seqlens_q,
         problem.cu_seqlens_k,
         problem.keep_window_size if is_ranked else 0,
@@ -248,7 +248,21 @@ def _native_arguments(problem: Problem) -> tuple:
 
 
 def _native_attend(problem: Problem) -> tuple[Tensor, Tensor]:
-    return _ops.native.forward(*_native_arguments(problem))
+    return _ops.native.forward(*_native_arguments(problem, _plan_of_both_passes(problem)))
+
+
+def _plan_of_both_passes(problem: Problem) -> Tensor | None:
+    """The bits of a mask and a dense bias, kept for the backward: it need not read the two once more for them."""
+    if not (problem.is_dense and problem.needs_grad and problem.query.is_cuda) or problem.query.numel() == 0:
+        return None
+    if torch.compiler.is_compiling():  # which would have to know the plan's size
+        return None
+    bias = problem.bias if problem.dense_bias is None else problem.dense_bias
+    bias = None if bias is None else bias.detach()
+    return _ops.native.plan(
+        problem.expiry, None, bias, None, None, problem.query.shape[1], 0, problem.is_causal,
+        problem.dense_mask,
+    )  # fmt: skip
 
 
 def _native_select(problem: SelectProblem) -> Tensor:

@@ -76,9 +76,11 @@ def _plan_fake(
     num_queries: int,
     keep_window: int,
     is_causal: bool,
+    mask: Tensor | None = None,
 ) -> Tensor:
     num_elements = torch.library.get_ctx().new_dynamic_size()  # only the library knows
-    return torch.empty(num_elements, dtype=torch.int32, device=(bias if expiry is None else expiry).device)
+    device = next(tensor.device for tensor in (expiry, bias, mask) if tensor is not None)
+    return torch.empty(num_elements, dtype=torch.int32, device=device)
 
 
 def _forward_fake(

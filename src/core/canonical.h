@@ -27,7 +27,8 @@ inline void canonicalize_all(SelectArgs& args) {
   canonicalize({&args.score, &args.cu_seqlens, &args.expiry});
 }
 inline void canonicalize_all(PlanArgs& args) {
-  canonicalize({&args.expiry, &args.score, &args.bias, &args.cu_seqlens_q, &args.cu_seqlens_k, &args.plan});
+  canonicalize({&args.expiry, &args.score, &args.bias, &args.mask, &args.cu_seqlens_q, &args.cu_seqlens_k,
+                &args.plan});
 }
 inline void canonicalize_all(ForwardArgs& args) {
   canonicalize({&args.query, &args.key, &args.value, &args.bias, &args.mask, &args.expiry, &args.score,

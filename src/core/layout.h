@@ -34,8 +34,8 @@ struct VectorView {
 // Whether a bias has a query axis: [B or 1, 1 or Hkv or H, Sq or 1, Sk].
 inline bool is_dense(const TensorView& bias) { return bias.rank == 4; }
 
-// Whether a row may see other keys than another for more reasons than its position. Args: ForwardArgs or
-// BackwardArgs.
+// Whether a row may see other keys than another for more reasons than its position. Args: PlanArgs,
+// ForwardArgs or BackwardArgs.
 template <typename Args>
 bool has_dense(const Args& args) {
   return args.mask.present() || is_dense(args.bias);
@@ -196,6 +196,32 @@ Layout make_layout(const Args& args) {
     layout.max_seqlen_k = args.key.shape[1];
     layout.total_q = layout.num_sequences * layout.max_seqlen_q;
     layout.total_k = layout.num_sequences * layout.max_seqlen_k;
+  }
+  return layout;
+}
+
+// The sizes of a plan's arguments where there is a mask or a dense bias, which may have 1 in place of any but
+// Sk. H and Hkv are the numbers of heads that differ: what hides pairs depends on no others.
+inline Layout dense_layout(const PlanArgs& args) {
+  Layout layout;
+  layout.num_sequences = 1;
+  layout.max_seqlen_q = args.num_queries;
+  for (const TensorView* tensor : {&args.expiry, &args.bias, &args.mask}) {
+    if (!tensor->present()) continue;
+    if (tensor->shape[0] != 1) layout.num_sequences = tensor->shape[0];
+    layout.heads_q = std::max(layout.heads_q, tensor->shape[1]);
+    layout.max_seqlen_k = tensor->shape[is_dense(*tensor) ? 3 : 2];
+  }
+  layout.heads_kv = layout.heads_q;
+  // Key-only tensors, which have Hkv, come last.
+  for (const TensorView* tensor : {&args.mask, &args.bias, &args.expiry}) {
+    if (!tensor->present()) continue;
+    const std::int64_t heads = tensor->shape[1];
+    if (!is_dense(*tensor)) {
+      layout.heads_kv = heads;
+    } else if (heads != 1) {
+      layout.heads_kv = std::min(layout.heads_kv, heads);
+    }
   }
   return layout;
 }

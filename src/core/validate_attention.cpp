@@ -154,8 +154,6 @@ void check_bias_and_mask(Validator& check, const Args& args, const Sizes& sizes)
     check.require(!sizes.packed, "mask", "a tensor with cu_seqlens", "none: packed sequences take no mask");
     check_dense(check, &Validator::input, "mask", args.mask, {DType::kBool}, sizes);
   }
-  check.require(!args.plan.present() || !(dense_bias || args.mask.present()), "plan",
-                "a tensor with a mask or a bias with a query axis", "none");
 }
 
 // What forward and backward share.
@@ -188,7 +186,7 @@ void check_dbias(Validator& check, const BackwardArgs& args, const Sizes& sizes)
   }
 }
 
-// The sizes of a plan's tensors, which are shaped like expiry or else bias.
+// The sizes of a plan's key-only tensors, which are shaped like expiry or else bias.
 Sizes plan_sizes(const PlanArgs& args) {
   Sizes sizes{.packed = args.cu_seqlens_q.present() || args.cu_seqlens_k.present(),
               .dtype = DType::kInt32,
@@ -217,12 +215,32 @@ void check_plan_queries(Validator& check, const PlanArgs& args, const Sizes& siz
   check.require(length > 0, "cu_seqlens_q", "shape [0]", "[sequences + 1], the first element 0");
 }
 
-}  // namespace
+// The arguments of a plan of bits.
+void check_dense_plan(Validator& check, const PlanArgs& args) {
+  const Layout layout = dense_layout(args);
+  const Sizes sizes{.packed = args.cu_seqlens_q.present() || args.cu_seqlens_k.present(),
+                    .batch = layout.num_sequences,
+                    .seqlen_q = args.num_queries,
+                    .seqlen_k = layout.max_seqlen_k,
+                    .heads_q = layout.heads_q,
+                    .heads_kv = layout.heads_kv,
+                    .dtype = DType::kInt32,
+                    .accumulation = DType::kFloat32};
+  const bool divides = sizes.heads_kv == 0 ? sizes.heads_q == 0 : sizes.heads_q % sizes.heads_kv == 0;
+  check_bias_and_mask(check, args, sizes);
+  check.require(!sizes.packed, "bias", "a query axis with cu_seqlens", "[total_k, Hkv]");
+  if (args.expiry.present())
+    check_per_key(check, &Validator::input, "expiry", args.expiry, {DType::kInt32}, sizes);
+  if (check.ok() && !divides) {
+    check.fail("mask", std::to_string(sizes.heads_q) + " heads beside " + std::to_string(sizes.heads_kv),
+               "a multiple of the number of key/value heads");
+  }
+  check_score(check, args, sizes);
+  if (check.ok()) check_plan_queries(check, args, sizes);
+}
 
-std::string validate(const PlanArgs& args, const Target& target) {
-  Validator check("plan", target);
-  check.require(args.expiry.present() || args.bias.present(), "expiry", "neither expiry nor bias",
-                "at least one of them");
+// Those of a plan of lists.
+void check_key_plan(Validator& check, const PlanArgs& args) {
   const Sizes sizes = plan_sizes(args);
   const Sizes any{.packed = sizes.packed,
                   .batch = kAnySize,
@@ -238,6 +256,15 @@ std::string validate(const PlanArgs& args, const Target& target) {
   }
   check_score(check, args, sizes);
   if (check.ok()) check_plan_queries(check, args, sizes);
+}
+
+}  // namespace
+
+std::string validate(const PlanArgs& args, const Target& target) {
+  Validator check("plan", target);
+  check.require(args.expiry.present() || args.bias.present() || args.mask.present(), "expiry",
+                "none of expiry, bias and mask", "at least one of them");
+  has_dense(args) ? check_dense_plan(check, args) : check_key_plan(check, args);
   if (args.plan.present()) check.output("plan", args.plan, {DType::kInt32}, {{"n"}});
   check.target(target);
   return check.message();

@@ -99,7 +99,6 @@ std::string common_why_not(const Args& args, const Target& target) {
   if (args.bias.present() && args.bias.dtype == DType::kFloat64) {
     return "bias: takes float32, bfloat16 and float16, got float64";
   }
-  if (has_dense(args) && args.plan.present()) return "plan: not with a mask or a dense bias";
   if (args.score.present() && args.score.dtype == DType::kFloat64) {
     return "score: takes float32, bfloat16 and float16, got float64";
   }
@@ -110,15 +109,16 @@ std::string common_why_not(const Args& args, const Target& target) {
   if (geometry.total_q() * geometry.heads_q > INT_MAX || geometry.total_k() * geometry.heads_kv > INT_MAX) {
     return "takes at most " + std::to_string(INT_MAX) + " rows in all heads together";
   }
-  if (needs_plan(args) && args.plan.present()) {
-    Arena measure;
+  if (!args.plan.present()) return "";
+  Arena measure;
+  if (has_dense(args)) {
+    sm80::cut_dense_bits(measure, sm80::dense_inputs(args));
+  } else if (needs_plan(args)) {
     cut_plan(measure, plan_inputs(args));
-    if (static_cast<std::size_t>(args.plan.num_elements()) * sizeof(int) < measure.bytes()) {
-      return "plan: takes the " + std::to_string(ceil_div(measure.bytes(), sizeof(int))) +
-             " elements that plan makes of these arguments, got " + std::to_string(args.plan.num_elements());
-    }
   }
-  return "";
+  if (static_cast<std::size_t>(args.plan.num_elements()) * sizeof(int) >= measure.bytes()) return "";
+  return "plan: takes the " + std::to_string(ceil_div(measure.bytes(), sizeof(int))) +
+         " elements that plan makes of these arguments, got " + std::to_string(args.plan.num_elements());
 }
 
 // No rows, and so no results but gradients of 0.

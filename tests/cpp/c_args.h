@@ -53,6 +53,7 @@ inline flash_dmattn_plan_args to_c(const PlanArgs& args) {
   result.cu_seqlens_q = to_c(args.cu_seqlens_q);
   result.cu_seqlens_k = to_c(args.cu_seqlens_k);
   result.plan = to_c(args.plan);
+  result.mask = to_c(args.mask);
   result.num_queries = args.num_queries;
   result.keep_window = args.keep_window;
   result.causal = args.causal;

@@ -97,10 +97,37 @@ TEST(Device, ThePlanIsMadeOnCudaAlone) {
   }
 }
 
+TEST(Device, WrongArgumentsOfAPlanOfBits) {
+  const auto message = [](const PlanArgs& args) { return why_unsupported(args, kCudaTarget); };
+  const std::string name = "flash_dmattn::plan: ";
+  PlanArgs args;
+  args.mask = untouchable(DType::kBool, {2, 4, 3, 5});
+  args.num_queries = 3;
+  EXPECT_EQ(message(args), std::string("flash_dmattn::plan") + kNone);
+  args.num_queries = 2;
+  EXPECT_EQ(message(args), name +
+                               "mask: got shape [2, 4, 3, 5], expected [B, H, Sq, Sk] with B = 2 or 1, H = 4 "
+                               "or 1, Sq = 2 or 1, Sk = 5");
+  args.num_queries = 3;
+  args.expiry = untouchable(DType::kInt32, {2, 2, 4});
+  EXPECT_EQ(message(args),
+            name + "expiry: got shape [2, 2, 4], expected [B, Hkv, Sk] with B = 2, Hkv = 2, Sk = 5");
+  args.expiry = untouchable(DType::kInt32, {2, 3, 5});
+  EXPECT_EQ(message(args),
+            name + "mask: got 4 heads beside 3, expected a multiple of the number of key/value heads");
+  args.expiry = untouchable(DType::kInt32, {2, 2, 5});
+  args.bias = untouchable(DType::kFloat32, {1, 1, 3, 5});
+  EXPECT_EQ(message(args), std::string("flash_dmattn::plan") + kNone);
+  args.cu_seqlens_q = args.cu_seqlens_k = untouchable(DType::kInt32, {3});
+  EXPECT_EQ(message(args), name +
+                               "mask: got a tensor with cu_seqlens, expected none: packed sequences take no "
+                               "mask");
+}
+
 TEST(Device, WrongPlanArguments) {
   const auto message = [](const PlanArgs& args) { return why_unsupported(args, kCudaTarget); };
   const std::string name = "flash_dmattn::plan: ";
-  EXPECT_EQ(message({}), name + "expiry: got neither expiry nor bias, expected at least one of them");
+  EXPECT_EQ(message({}), name + "expiry: got none of expiry, bias and mask, expected at least one of them");
   EXPECT_EQ(message(plan_of(-1)), name + "num_queries: got -1, expected 0 to 5");
   EXPECT_EQ(message(plan_of(6)), name + "num_queries: got 6, expected 0 to 5");
   PlanArgs args = plan_of(6);

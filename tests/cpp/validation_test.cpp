@@ -365,11 +365,6 @@ TEST_F(Validation, Attention) {
            "Sq = 3 or 1, Sk = 5"},
           {[](Call& c, ForwardArgs& a) { a.bias = c.dense(DType::kBool, {2, 4, 3, 5}); },
            "bias: got dtype bool, expected float64, float32, bfloat16 or float16"},
-          {[](Call& c, ForwardArgs& a) {
-             a.bias = c.dense(DType::kFloat32, {1, 1, 3, 5});
-             a.plan = contiguous_view(c.expiry.view().data, DType::kInt32, {5});
-           },
-           "plan: got a tensor with a mask or a bias with a query axis, expected none"},
           {[](Call& c, ForwardArgs& a) { a.mask = c.dense(DType::kBool, {2, 4, 2, 5}); },
            "mask: got shape [2, 4, 2, 5], expected [B, H, Sq, Sk] with B = 2 or 1, H = 4, 2 or 1, "
            "Sq = 3 or 1, Sk = 5"},
@@ -378,11 +373,6 @@ TEST_F(Validation, Attention) {
            "Sq = 3 or 1, Sk = 5"},
           {[](Call& c, ForwardArgs& a) { a.mask = c.dense(DType::kFloat32, {2, 4, 3, 5}); },
            "mask: got dtype float32, expected bool"},
-          {[](Call& c, ForwardArgs& a) {
-             a.mask = c.dense(DType::kBool, {1, 1, 1, 5});
-             a.plan = contiguous_view(c.expiry.view().data, DType::kInt32, {5});
-           },
-           "plan: got a tensor with a mask or a bias with a query axis, expected none"},
       },
       /*packed=*/false);
 }

@@ -406,8 +406,6 @@ OPS_SHARED = [
     (dict(mask=zeros(3, H, SQ, SK, dtype=torch.bool)), R, "mask", r"\[3, 4, 5, 7\]", "B = 2 or 1"),
     (dict(mask=zeros(B, H, SQ, SK)), R, "mask", "float32", "bool"),
     (dict(mask=zeros(B, H, SQ, SK, dtype=torch.int64)), R, "mask", "(Long|int64)", "bool for mask"),
-    (dict(mask=zeros(1, 1, SQ, SK, dtype=torch.bool), plan=zeros(8, dtype=INT)), R, "plan", "a mask", "none"),
-    (dict(bias=zeros(1, 1, SQ, SK), plan=zeros(8, dtype=INT)), R, "plan", "a bias with a query axis", "none"),
     (dict(expiry=zeros(B, HKV, SK)), R, "expiry", "float32", "int32"),
     (dict(expiry=zeros(B, HKV, 6, dtype=INT)), R, "expiry", r"\[2, 2, 6\]", "Sk = 7"),
     (dict(score=zeros(B, HKV, SK)), R, "score", "a tensor without expiry", "none"),

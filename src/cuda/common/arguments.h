@@ -7,6 +7,7 @@
 #include <limits>
 #include <string>
 
+#include "core/layout.h"
 #include "cuda/common/device.h"
 #include "cuda/common/geometry.cuh"
 #include "flash_dmattn/attention.h"
@@ -30,6 +31,18 @@ Geometry make_geometry(const Args& args) {
   geometry.seqlen_k = static_cast<int>(args.key.shape[row_axis]);
   geometry.heads_q = static_cast<int>(args.query.shape[row_axis + 1]);
   geometry.heads_kv = static_cast<int>(args.key.shape[row_axis + 1]);
+  return geometry;
+}
+
+// Of a plan of bits.
+inline Geometry make_geometry(const PlanArgs& args) {
+  const Layout layout = dense_layout(args);
+  Geometry geometry;
+  geometry.num_sequences = static_cast<int>(layout.num_sequences);
+  geometry.seqlen_q = static_cast<int>(layout.max_seqlen_q);
+  geometry.seqlen_k = static_cast<int>(layout.max_seqlen_k);
+  geometry.heads_q = static_cast<int>(layout.heads_q);
+  geometry.heads_kv = static_cast<int>(layout.heads_kv);
   return geometry;
 }
 

@@ -1,5 +1,5 @@
 // Forward and backward under a dense mask or bias, or both. Their lists (dense_params.h) are built by every
-// call for itself.
+// call for itself, and so are the bits unless the call has a plan: the bits are the plan.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,10 +25,16 @@ struct DenseInputs {
   PairTensor mask, bias;
   VectorTensor<const int> expiry;
   bool causal = true;
+  Workspace plan{};  // what it holds is taken from there
 };
 
+// Args: PlanArgs (whose plan is an output), ForwardArgs or BackwardArgs.
 template <typename Args>
 DenseInputs dense_inputs(const Args& args);
+
+// The bits alone: what a plan holds.
+DenseLists cut_dense_bits(Arena& arena, const DenseInputs& inputs);
+cudaError_t build_dense_bits(const DenseInputs& inputs, const DenseLists& bits, cudaStream_t stream);
 
 // tile_m: of the kernel that reads the lists of tiles. all_keys: with the lists of the backward.
 DenseLists cut_dense_lists(Arena& arena, const DenseInputs& inputs, int tile_m, bool all_keys);

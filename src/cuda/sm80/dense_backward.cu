@@ -8,6 +8,7 @@
 #include "cuda/sm80/dense_dq_product_kernel.cuh"
 #include "cuda/sm80/instances.h"
 #include "cuda/sm80/row_stats.cuh"
+#include "cuda/sm90/dense.h"
 
 namespace flash_dmattn::cuda::sm80 {
 namespace {
@@ -191,7 +192,9 @@ cudaError_t dense_backward(const BackwardArgs& args, const Workspace& workspace,
   if (!own_bias) dense.dbias = {};
   if (status == cudaSuccess && (args.dk.present() || args.dv.present() || dense.dbias.present())) {
     dense.staged = call.keys.staged;
-    status = call.keys.instance->run(args, dense, call.stats, stream);
+    status = sm90::takes_dense_key_grad(args, device)
+                 ? sm90::dense_key_grad(args, dense, call.stats, device, stream)
+                 : call.keys.instance->run(args, dense, call.stats, stream);
   }
   if (status == cudaSuccess && args.dq.present()) {
     dense.staged = call.queries.staged;

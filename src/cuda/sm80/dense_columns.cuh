@@ -70,9 +70,11 @@ __device__ __forceinline__ void store_pairs(Element* keys, const float (&ds)[kNT
                                             const std::int64_t* rows) {
 #pragma unroll
   for (int n = 0; n < kNTiles; ++n) {
+    const longlong2 begins =
+        *reinterpret_cast<const longlong2*>(rows + n * 8 + static_cast<int>(threadIdx.x) % 4 * 2);
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const std::int64_t begin = rows[n * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + c];
+      const std::int64_t begin = c == 0 ? begins.x : begins.y;
       if (begin >= 0) *reinterpret_cast<std::uint32_t*>(keys + begin) = pack<Element>(ds[n][c], ds[n][2 + c]);
     }
   }

@@ -1,3 +1,5 @@
+#include <type_traits>
+
 #include "cuda/common/arguments.h"
 #include "cuda/common/launch.h"
 #include "cuda/sm80/dense.h"
@@ -69,16 +71,23 @@ PairTensor pair_tensor(const TensorView& view, const Geometry& geometry) {
 template <typename Args>
 DenseInputs dense_inputs(const Args& args) {
   const Geometry geometry = make_geometry(args);
-  return {.geometry = geometry,
-          .mask = pair_tensor(args.mask, geometry),
-          .bias = pair_tensor(args.bias, geometry),
-          .expiry = key_tensor<const int>(args.expiry),
-          .causal = args.causal};
+  DenseInputs inputs = {.geometry = geometry,
+                        .mask = pair_tensor(args.mask, geometry),
+                        .bias = pair_tensor(args.bias, geometry),
+                        .expiry = key_tensor<const int>(args.expiry),
+                        .causal = args.causal};
+  if constexpr (!std::is_same_v<Args, PlanArgs>) {
+    if (args.plan.present()) {
+      inputs.plan = {args.plan.data, static_cast<std::size_t>(args.plan.num_elements()) * sizeof(int)};
+    }
+  }
+  return inputs;
 }
+template DenseInputs dense_inputs(const PlanArgs&);
 template DenseInputs dense_inputs(const ForwardArgs&);
 template DenseInputs dense_inputs(const BackwardArgs&);
 
-DenseLists cut_dense_lists(Arena& arena, const DenseInputs& inputs, int tile_m, bool all_keys) {
+DenseLists cut_dense_bits(Arena& arena, const DenseInputs& inputs) {
   const Geometry& geometry = inputs.geometry;
   const VectorTensor<const int>& expiry = inputs.expiry;
   DenseLists lists;
@@ -94,6 +103,28 @@ DenseLists cut_dense_lists(Arena& arena, const DenseInputs& inputs, int tile_m, 
   lists.seqlen_q = geometry.seqlen_q;
   const std::size_t units = static_cast<std::size_t>(lists.num_units);
   lists.bits = arena.take<std::uint64_t>(units * lists.all_rows() * lists.num_blocks);
+  return lists;
+}
+
+cudaError_t build_dense_bits(const DenseInputs& inputs, const DenseLists& bits, cudaStream_t stream) {
+  const Geometry& geometry = inputs.geometry;
+  const ListParams params = {.geometry = geometry,
+                             .tiling = {},
+                             .lists = bits,
+                             .mask = inputs.mask,
+                             .bias = inputs.bias,
+                             .expiry = inputs.expiry,
+                             .causal = inputs.causal};
+  const std::int64_t ctas = static_cast<std::int64_t>(bits.num_units) * bits.bit_heads *
+                            ceil_div(geometry.seqlen_q, kFoldRows) * ceil_div(geometry.seqlen_k, kFoldKeys);
+  return launch(fold_kernel, {static_cast<unsigned>(ctas), kListThreads, 0, stream}, params);
+}
+
+DenseLists cut_dense_lists(Arena& arena, const DenseInputs& inputs, int tile_m, bool all_keys) {
+  const Geometry& geometry = inputs.geometry;
+  Arena plan(inputs.plan);
+  DenseLists lists = cut_dense_bits(inputs.plan.data == nullptr ? arena : plan, inputs);
+  const std::size_t units = static_cast<std::size_t>(lists.num_units);
   lists.tiles.rows = tile_m;
   const RowTiles tiling = RowTiles::make(geometry, inputs.causal, tile_m);
   cut_key_lists(arena, lists.tiles, num_tile_lists(lists, tiling), lists);
@@ -111,16 +142,14 @@ cudaError_t build_dense_lists(const DenseInputs& inputs, int tile_m, const Dense
   const ListParams params = {.geometry = geometry,
                              .tiling = RowTiles::make(geometry, inputs.causal, tile_m),
                              .lists = lists,
-                             .mask = inputs.mask,
-                             .bias = inputs.bias,
-                             .expiry = inputs.expiry,
+                             .mask = {},
+                             .bias = {},
+                             .expiry = {},
                              .causal = inputs.causal};
   const auto start = [&](void (*kernel)(ListParams), std::int64_t ctas) {
     return launch(kernel, {static_cast<unsigned>(ctas), kListThreads, 0, stream}, params);
   };
-  const std::int64_t planes = static_cast<std::int64_t>(lists.num_units) * lists.bit_heads;
-  cudaError_t status = start(
-      fold_kernel, planes * ceil_div(geometry.seqlen_q, kFoldRows) * ceil_div(geometry.seqlen_k, kFoldKeys));
+  cudaError_t status = inputs.plan.data == nullptr ? build_dense_bits(inputs, lists, stream) : cudaSuccess;
   const std::int64_t blocks = static_cast<std::int64_t>(lists.num_units) * lists.num_blocks;
   const bool all_keys = lists.rows != nullptr;
   if (status == cudaSuccess && all_keys) {

@@ -231,15 +231,26 @@ inline __global__ void __launch_bounds__(kListThreads)
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   std::uint64_t* seen = lists.tiles.seen + list * lists.num_blocks;
-  for (int block = warp; block < lists.num_blocks; block += kListThreads / 32) {
-    std::uint64_t word = 0;
+  constexpr int kAtOnce = 4;  // blocks, so that a warp waits for several words together
+  for (int base = warp * kAtOnce; base < lists.num_blocks; base += kListThreads / 32 * kAtOnce) {
+    const int count = min(lists.num_blocks - base, kAtOnce);
+    std::uint64_t found[kAtOnce] = {};
     for (int head = 0; head < num_heads; ++head) {
-      const std::uint64_t* words = lists.words(unit, first_head + head, block) + tile.first_row;
-      for (int row = lane; row < tile.num_rows; row += 32) word |= words[row];
+      const std::uint64_t* words = lists.words(unit, first_head + head, base) + tile.first_row;
+      for (int row = lane; row < tile.num_rows; row += 32) {
+#pragma unroll
+        for (int b = 0; b < kAtOnce; ++b) {
+          if (b < count) found[b] |= words[static_cast<std::int64_t>(b) * lists.seqlen_q + row];
+        }
+      }
     }
-    const unsigned low = __reduce_or_sync(0xffffffffu, static_cast<unsigned>(word));
-    const unsigned high = __reduce_or_sync(0xffffffffu, static_cast<unsigned>(word >> 32));
-    if (lane == 0) {
+#pragma unroll
+    for (int b = 0; b < kAtOnce; ++b) {
+      if (b >= count) break;
+      const int block = base + b;
+      const unsigned low = __reduce_or_sync(0xffffffffu, static_cast<unsigned>(found[b]));
+      const unsigned high = __reduce_or_sync(0xffffffffu, static_cast<unsigned>(found[b] >> 32));
+      if (lane != 0) continue;
       seen[block] = static_cast<std::uint64_t>(high) << 32 | low;
       if (lists.all.seen != nullptr) {
         unsigned* halves = reinterpret_cast<unsigned*>(
@@ -323,6 +334,22 @@ inline __global__ void __launch_bounds__(kListThreads)
   if (threadIdx.x == 0) lists.row_counts[blockIdx.x] = num_listed;
 }
 
+// Zeros in num_keys elements of the rows whose bit is set; begin: the first of row 0. By a warp.
+__device__ __forceinline__ void zero_rows(const PairTensor& dbias, std::int64_t begin, unsigned rows,
+                                          int num_keys) {
+  for (; rows != 0; rows &= rows - 1) {
+    const std::int64_t row = begin + (__ffs(static_cast<int>(rows)) - 1) * dbias.row_stride;
+    for (int k = static_cast<int>(threadIdx.x) % 32; k < num_keys; k += 32) {
+      const std::int64_t element = row + k * dbias.key_stride;
+      if (dbias.type == PairType::kFloat32) {
+        reinterpret_cast<float*>(dbias.data)[element] = 0;
+      } else {
+        reinterpret_cast<std::uint16_t*>(dbias.data)[element] = 0;
+      }
+    }
+  }
+}
+
 // The bias's gradient where the kernel that owns it writes nothing: 0. A CTA per sequence, kv head
 // and aligned block.
 inline __global__ void __launch_bounds__(kListThreads)
@@ -343,19 +370,18 @@ inline __global__ void __launch_bounds__(kListThreads)
   for (int head = 0; head < geometry.group(); ++head) {
     const std::uint64_t* words = lists.words(unit, head, block);
     const std::int64_t first = dbias.offset(batch, head_kv, head) + block * kBlock * dbias.key_stride;
-    for (int base = warp * 32; base < lists.seqlen_q; base += kListThreads) {
-      const int row = base + lane;
-      const bool empty = row < lists.seqlen_q && !(whole && words[row] != 0);
-      for (unsigned rows = __ballot_sync(0xffffffffu, empty); rows != 0; rows &= rows - 1) {
-        const std::int64_t begin = first + (base + __ffs(static_cast<int>(rows)) - 1) * dbias.row_stride;
-        for (int k = lane; k < num_keys; k += 32) {
-          const std::int64_t element = begin + k * dbias.key_stride;
-          if (dbias.type == PairType::kFloat32) {
-            reinterpret_cast<float*>(dbias.data)[element] = 0;
-          } else {
-            reinterpret_cast<std::uint16_t*>(dbias.data)[element] = 0;
-          }
-        }
+    // A lane looks at four rows, 32 apart.
+    for (int base = warp * 128; base < lists.seqlen_q; base += 4 * kListThreads) {
+      bool empty[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = base + i * 32 + lane;
+        empty[i] = row < lists.seqlen_q && !(whole && words[row] != 0);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const unsigned rows = __ballot_sync(0xffffffffu, empty[i]);
+        zero_rows(dbias, first + (base + i * 32) * dbias.row_stride, rows, num_keys);
       }
     }
   }

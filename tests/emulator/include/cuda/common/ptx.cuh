@@ -33,6 +33,12 @@ inline void cp_async(SharedAddress to, const void* from, unsigned bytes, int val
 inline void cp_async_16(SharedAddress to, const void* from, int valid = 16) { cp_async(to, from, 16, valid); }
 inline void cp_async_8(SharedAddress to, const void* from, int valid = 8) { cp_async(to, from, 8, valid); }
 inline void cp_async_4(SharedAddress to, const void* from, int valid = 4) { cp_async(to, from, 4, valid); }
+inline void cp_async_16_or_zero(SharedAddress to, const void* from, bool copies) {
+  cp_async(to, from, 16, copies ? 16 : 0);
+}
+inline void cp_async_8_or_zero(SharedAddress to, const void* from, bool copies) {
+  cp_async(to, from, 8, copies ? 8 : 0);
+}
 inline void cp_async_commit() { emulator::commit_copies(); }
 template <int kPending>
 void cp_async_wait() {

@@ -3,14 +3,17 @@
 #include <string>
 
 #include "core/dtype.h"
+#include "core/layout.h"
 #include "cuda/backend.h"
 #include "cuda/common/arguments.h"
 #include "cuda/common/launch.h"
 #include "cuda/selection/plan_builder.h"
+#include "cuda/sm80/dense.h"
 
 namespace flash_dmattn::cuda {
 namespace {
 
+// Of a plan of lists.
 PlanInputs inputs_of(const PlanArgs& args) {
   const bool packed = args.cu_seqlens_k.present();
   const auto& shape = (args.expiry.present() ? args.expiry : args.bias).shape;
@@ -35,6 +38,9 @@ PlanInputs inputs_of(const PlanArgs& args) {
 }  // namespace
 
 std::string plan_why_not(const PlanArgs& args, const Target& target) {
+  if (args.bias.present() && args.bias.dtype == DType::kFloat64) {
+    return "bias: takes float32, bfloat16 and float16, got float64";
+  }
   if (args.score.present() && args.score.dtype == DType::kFloat64) {
     return "takes scores of float32, bfloat16 or float16, got float64";
   }
@@ -42,6 +48,7 @@ std::string plan_why_not(const PlanArgs& args, const Target& target) {
 }
 
 std::size_t plan_workspace_bytes(const PlanArgs& args, const Target& /*target*/) {
+  if (has_dense(args)) return 0;
   Arena arena;
   arena.take<unsigned char>(plan_scratch_bytes(inputs_of(args)));
   return arena.bytes();
@@ -49,19 +56,27 @@ std::size_t plan_workspace_bytes(const PlanArgs& args, const Target& /*target*/)
 
 std::size_t plan_elements(const PlanArgs& args) {
   Arena arena;
-  cut_plan(arena, inputs_of(args));
+  if (has_dense(args)) {
+    sm80::cut_dense_bits(arena, sm80::dense_inputs(args));
+  } else {
+    cut_plan(arena, inputs_of(args));
+  }
   return (arena.bytes() + sizeof(int) - 1) / sizeof(int);
 }
 
 Status plan(const PlanArgs& args, const Target& target, const Workspace& workspace) {
   const DeviceGuard guard(target.device_index);
   if (guard.status() != cudaSuccess) return device_status("plan", guard.status());
-  const PlanInputs inputs = inputs_of(args);
+  const auto stream = static_cast<cudaStream_t>(target.stream);
   Arena arena(Workspace{args.plan.data, sizeof(int) * static_cast<std::size_t>(args.plan.shape[0])});
+  if (has_dense(args)) {
+    const sm80::DenseInputs inputs = sm80::dense_inputs(args);
+    return device_status("plan", sm80::build_dense_bits(inputs, sm80::cut_dense_bits(arena, inputs), stream));
+  }
+  const PlanInputs inputs = inputs_of(args);
   Arena scratch(workspace);
-  const cudaError_t error =
-      build_plan(inputs, cut_plan(arena, inputs), scratch.take<unsigned char>(plan_scratch_bytes(inputs)),
-                 static_cast<cudaStream_t>(target.stream));
+  const cudaError_t error = build_plan(inputs, cut_plan(arena, inputs),
+                                       scratch.take<unsigned char>(plan_scratch_bytes(inputs)), stream);
   return device_status("plan", error);
 }
 
