@@ -79,6 +79,22 @@ TEST_F(Kernels, LongSequences) {
   }
 }
 
+// Every ring of tiles goes round several times.
+TEST_F(Kernels, ManyKeys) {
+  for (const int seed : {0, 1}) {
+    set_seed(seed);
+    for (const std::int64_t head_dim : {64, 128}) {
+      Case c = small_case(DType::kBFloat16, false, true, seed == 0 ? Visibility::kAll : Visibility::kWindow);
+      c.sequences = {{20, 700}};
+      c.keep_window = 600;
+      c.heads_kv = 1;
+      c.head_dim = head_dim;
+      c.scale = 0.1;
+      check_case(c, 12, kCuda);
+    }
+  }
+}
+
 TEST_F(Kernels, AnyOrderOfThreads) {
   for (int seed = 1; seed <= 2; ++seed) {
     set_seed(seed);

@@ -154,6 +154,8 @@ void run(const Launch& launch) {
 
 int compute_capability() { return static_cast<int>(environment("FLASH_DMATTN_EMULATOR_CAPABILITY", 90)); }
 
+int multiprocessors() { return static_cast<int>(environment("FLASH_DMATTN_EMULATOR_MULTIPROCESSORS", 132)); }
+
 void require_capability(int capability, const Wait& at) {
   if (machine.compute_capability >= capability) return;
   const int device = machine.compute_capability;

@@ -8,7 +8,6 @@
 
 namespace {
 
-constexpr int kMultiprocessors = 132;
 constexpr int kSharedBytesPerMultiprocessor = 233472;
 constexpr std::size_t kReservedSharedBytes = 1024;  // per CTA
 constexpr std::size_t kSharedBytesWithoutOptIn = 48 * 1024;
@@ -76,7 +75,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       *value = static_cast<int>(kSharedBytesWithoutOptIn);
       return cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
-      *value = kMultiprocessors;
+      *value = emulator::multiprocessors();
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
       *value = emulator::compute_capability() / 10;

@@ -3,9 +3,10 @@
 // the places.
 //
 // Environment variables, read at every launch:
-//   FLASH_DMATTN_EMULATOR_SEED           other than 0: threads and CTAs run in a random order
-//   FLASH_DMATTN_EMULATOR_SHARED_BYTES   the most dynamic shared memory a CTA may have; default 232448
-//   FLASH_DMATTN_EMULATOR_CAPABILITY     the device's compute capability, 10 * major + minor; default 90
+//   FLASH_DMATTN_EMULATOR_SEED              other than 0: threads and CTAs run in a random order
+//   FLASH_DMATTN_EMULATOR_SHARED_BYTES      the most dynamic shared memory a CTA may have; default 232448
+//   FLASH_DMATTN_EMULATOR_CAPABILITY        the device's compute capability, 10 * major + minor; default 90
+//   FLASH_DMATTN_EMULATOR_MULTIPROCESSORS   how many it has; default 132
 #pragma once
 
 #include <cstddef>
@@ -48,6 +49,7 @@ void wait_for_previous_kernel();
 
 std::size_t shared_bytes_limit();
 int compute_capability();
+int multiprocessors();
 
 // Stops the program; the message goes on with the kernel, the CTA and the thread.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
