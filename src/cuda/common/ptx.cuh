@@ -70,6 +70,11 @@ __device__ __forceinline__ void cp_async_8_or_zero(SharedAddress to, const void*
       "l"(from), "r"(static_cast<int>(copies)));
 }
 
+// Begins to bring the 32 bytes that hold this address into the L2 cache.
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // Ends the thread's group of copies begun since the last commit.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -115,17 +115,11 @@ __device__ __forceinline__ void load_bias(SharedAddress tile, int count, Row&& r
   static_assert(kThreads % kChunks == 0);
   const int chunk = static_cast<int>(threadIdx.x) % kChunks;
   const int valid = min(max(count * kElementBytes - chunk * 16, 0), 16);
-  const auto each_row = [&](auto&& copy) {
 #pragma unroll 4
-    for (int r = static_cast<int>(threadIdx.x) / kChunks; r < kRows; r += kThreads / kChunks) {
-      const unsigned char* from = row(r);
-      if (from != nullptr) copy(bias_address<kElementBytes>(tile, r, chunk), from + chunk * 16);
-    }
-  };
-  if (valid == 16) {
-    each_row([&](SharedAddress to, const unsigned char* from) { cp_async_16(to, from); });
-  } else if (valid > 0) {
-    each_row([&](SharedAddress to, const unsigned char* from) { cp_async_16(to, from, valid); });
+  for (int r = static_cast<int>(threadIdx.x) / kChunks; r < kRows; r += kThreads / kChunks) {
+    const unsigned char* from = row(r);
+    const bool exists = from != nullptr && valid > 0;
+    if (exists) cp_async_16(bias_address<kElementBytes>(tile, r, chunk), from + chunk * 16, valid);
   }
 }
 

@@ -130,28 +130,11 @@ struct RowCopy {
   // becomes 0.
   template <int kRows, typename From, typename Valid>
   __device__ __forceinline__ void load(SharedAddress tile, From&& from, Valid&& valid) const {
-    load_to<kRows>([&](int r) { return tile_address<kHeadDim>(tile, r, chunk); }, from, valid);
-  }
-
-  // The same into any layout: the chunk of row r goes to to(r).
-  template <int kRows, typename To, typename From, typename Valid>
-  __device__ __forceinline__ void load_to(To&& to, From&& from, Valid&& valid) const {
     static_assert(kRows % kRowsPerPass == 0);
-    const auto each_row = [&](auto&& copy) {
 #pragma unroll
-      for (int pass = 0; pass < kRows / kRowsPerPass; ++pass) {
-        const int r = row + pass * kRowsPerPass;
-        copy(to(r), from(r) + offset, valid(r));
-      }
-    };
-    if (valid_bytes % 16 == 0) {
-      each_row([&](SharedAddress place, const char* data, bool exists) {
-        cp_async_16_or_zero(place, data, exists && valid_bytes != 0);
-      });
-    } else {  // the end of a head dim that is no multiple of 8
-      each_row([&](SharedAddress place, const char* data, bool exists) {
-        cp_async_16(place, data, exists ? valid_bytes : 0);
-      });
+    for (int pass = 0; pass < kRows / kRowsPerPass; ++pass) {
+      const int r = row + pass * kRowsPerPass;
+      cp_async_16(tile_address<kHeadDim>(tile, r, chunk), from(r) + offset, valid(r) ? valid_bytes : 0);
     }
   }
 };

@@ -4,8 +4,8 @@
 // owner, which adds in a fixed order.
 //
 // S = K Q^T and V dO^T of a step are queued together; P is made while the second runs, dS while P^T dO does,
-// and dS is stored while dS^T Q does. Q, dO, statistics and bits arrive a step ahead, the bias of the next
-// step from when a warp has made P of this one.
+// and dS is stored while dS^T Q does. Q, dO, statistics and bits arrive a step ahead, as the bias does in the
+// L2 cache; it goes on to shared memory once a warp has made P of the step before.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -115,7 +115,9 @@ class RowLoader {
     const int slot = step % 3;
     shared_.query_rows[slot][n] = bytes(params_.query);
     shared_.dout_rows[slot][n] = bytes(params_.dout);
-    shared_.bias_rows[slot][n] = elements(dense_.bias);
+    const std::int64_t bias_row = elements(dense_.bias);
+    shared_.bias_rows[slot][n] = bias_row;
+    if (dense_.bias.present() && item_.whole && place_.row >= 0) prefetch_bias(bias_row);
     shared_.dbias_rows[slot][n] = place_.row < 0 ? -1 : elements(dense_.dbias);
   }
 
@@ -127,11 +129,7 @@ class RowLoader {
                           const std::int64_t* begins) {
       const char* first =
           reinterpret_cast<const char*>(rows.head(params_.geometry, item_.batch, 0, first_head_));
-      const SharedAddress to = shared_address(tile) + Config::chunk_offset(copy_.row, copy_.chunk);
-      static_assert(Copy::kRowsPerPass % 8 == 0);  // the swizzle is the same in every pass
-      copy_.template load_to<kTileQ>([&](int r) { return to + (r - copy_.row) * Config::kRowBytes; },
-                                     [&](int r) { return first + begins[r]; },
-                                     [&](int r) { return copy_.row < count - (r - copy_.row); });
+      copy_tile(tile, [&](int r) { return first + begins[r]; }, [&](int r) { return r < count; });
     };
     copy(shared_.rows[stage].query, params_.query, shared_.query_rows[step % 3]);
     copy(shared_.rows[stage].dout, params_.dout, shared_.dout_rows[step % 3]);
@@ -154,13 +152,43 @@ class RowLoader {
     const char* first =
         reinterpret_cast<const char*>(rows.head(params_.geometry, item_.batch, 0, item_.head_kv));
     const auto row_bytes = rows.row_stride * static_cast<std::int64_t>(sizeof(Element));
-    copy_.template load_to<kBlock>(
-        [&](int r) { return shared_address(tile) + Config::chunk_offset(r, copy_.chunk); },
-        [&](int r) { return first + max(shared_.keys[r], 0) * row_bytes; },
+    copy_tile(
+        tile, [&](int r) { return first + max(shared_.keys[r], 0) * row_bytes; },
         [&](int r) { return shared_.keys[r] >= 0; });
   }
 
  private:
+  // Into the L2 cache: a row of the block's bias, two steps before it is read.
+  __device__ __forceinline__ void prefetch_bias(std::int64_t begin) {
+    const PairTensor& bias = dense_.bias;
+    if (!bias.vectors || item_.first_key + kBlock > params_.geometry.seqlen_k) return;
+    const unsigned char* from = bias.data + (begin + item_.first_key) * bias.element_bytes();
+    constexpr int kSectorBytes = 32;
+    for (int byte = 0; byte < kBlock * bias.element_bytes(); byte += kSectorBytes) prefetch_l2(from + byte);
+  }
+
+  // As RowCopy::load, into the layout of wgmma.
+  template <typename From, typename Exists>
+  __device__ __forceinline__ void copy_tile(unsigned char* tile, From&& from, Exists&& exists) {
+    const SharedAddress to = shared_address(tile) + Config::chunk_offset(copy_.row, copy_.chunk);
+    static_assert(Copy::kRowsPerPass % 8 == 0);  // the swizzle is the same in every pass
+    const auto each_row = [&](auto&& copy) {
+#pragma unroll
+      for (int first = 0; first < kBlock; first += Copy::kRowsPerPass)
+        copy(to + first * Config::kRowBytes, from(copy_.row + first) + copy_.offset,
+             exists(copy_.row + first));
+    };
+    if (copy_.valid_bytes % 16 == 0) {
+      each_row([&](SharedAddress place, const char* data, bool row_exists) {
+        cp_async_16_or_zero(place, data, row_exists && copy_.valid_bytes != 0);
+      });
+    } else {  // the end of a head dim that is no multiple of 8
+      each_row([&](SharedAddress place, const char* data, bool row_exists) {
+        cp_async_16(place, data, row_exists ? copy_.valid_bytes : 0);
+      });
+    }
+  }
+
   // Through the tiles of the list, once for each head that shares it.
   struct Walk {
     int tile = 0;
@@ -410,7 +438,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     const int stage = step % 2;
     const auto& rows = shared.rows[stage];
     const RowStats* stats = shared.stats[stage] + lane % 4 * 2;
-    cp_async_wait<0>();
+    cp_async_wait<1>();  // the bias may be on its way
     fence_async_proxy();
     __syncthreads();  // the rows of this step have arrived, those of the last are no longer read
     pin(p);
@@ -426,6 +454,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
 
     wgmma_wait<1>();
     pin(p);
+    cp_async_wait<1>();  // all but the rows of the next step
+    __syncwarp();        // the bias has arrived
     bias.each(shared.bias_rows[step % 3], visible, [&](int n, int c, float2 pair) {
       const float4 both = *reinterpret_cast<const float4*>(&stats[n * 8]);  // of its two rows
       const float lse_log2 = c == 0 ? both.x : both.z;
@@ -436,7 +466,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
         x = (visible >> (4 * n + 2 * c + i) & 1) != 0 ? exp2_approx(fmaf(x, params.scale_log2, shift)) : 0;
       }
     });
-    __syncwarp();
+    __syncwarp();  // it is no longer read
     if (step + 1 < num_steps) bias.load(shared.bias_rows[(step + 1) % 3]);
     cp_async_commit();
     std::uint32_t p_operands[4][4];

@@ -39,6 +39,7 @@ inline void cp_async_16_or_zero(SharedAddress to, const void* from, bool copies)
 inline void cp_async_8_or_zero(SharedAddress to, const void* from, bool copies) {
   cp_async(to, from, 8, copies ? 8 : 0);
 }
+inline void prefetch_l2(const void* address) { static_cast<void>(address); }
 inline void cp_async_commit() { emulator::commit_copies(); }
 template <int kPending>
 void cp_async_wait() {
