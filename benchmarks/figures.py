@@ -24,7 +24,7 @@ from flash_dmattn import flash_dmattn_func
 from measure import Options, measure_case, statistic
 from problem import SCORES, exact_expiry, make_problem
 from run import write
-from suites import BESIDE, MASKED, OURS, STAGES, Case
+from suites import BESIDE, CUDNN, MASKED, OURS, STAGES, Case
 from timing import extra_bytes, timed
 
 
@@ -115,6 +115,68 @@ def _select_and_plan(seqlen: int, heads_kv: int, window: int, kind: str, options
     if not torch.equal(ops.select(score, window, True, 0, 0, None).cpu(), exact):
         raise RuntimeError(f"the selection of N{seqlen} w{window} {kind} is wrong")
     return [timed("cuda", work) for _ in range(options.warmup + 2 * options.runs)][options.warmup :]
+
+
+# Shape, useful TFLOP/s of the kernel asked for and aimed at, times as fast as dense cuDNN end to end.
+HOPPER_FORWARD = (
+    ((1, 32, 8, 32768, 128, 1024), 500.0, 580.0, 12.0),
+    ((1, 32, 8, 32768, 128, 2048), 530.0, 620.0, None),
+    ((1, 32, 8, 131072, 128, 2048), 530.0, 620.0, 27.0),
+    ((1, 32, 8, 8192, 128, 1024), 450.0, None, 2.8),
+    ((1, 16, 16, 16384, 128, 1024), 430.0, None, None),
+    ((4, 32, 8, 8192, 64, 1024), 290.0, None, None),
+)
+
+
+def hopper_forward(keep: list[dict], options: Options) -> Iterator[Figure]:
+    """The forward kernel, packing of keys included, and whole calls beside dense causal cuDNN."""
+    for (batch, heads, heads_kv, seqlen, head_dim, window), asked, aim, times in HOPPER_FORWARD:
+        rates: dict[str, float] = {}
+        for kind in ("iid", "recency", "equal"):
+            beside = (CUDNN,) if times is not None and kind == "iid" else ()
+            sizes = (batch, heads, heads_kv, seqlen, seqlen, head_dim, window)
+            case = Case(*sizes, "hopper", score=kind, baselines=beside)
+            entry = measure_case(case, options, [])
+            keep.append(entry)
+            rates[kind] = entry["methods"][STAGES]["gflops"]["forward"] / 1e3
+            what = f"forward kernel {_shape(case)}"
+            stages = ", ".join(
+                f"{stage} {1e3 * _median(entry, STAGES, stage):.3f} ms"
+                for stage in ("select", "plan", "forward")
+            )
+            if kind == "iid":
+                yield Figure(what, rates[kind], "TFLOP/s", asked, True, aim, stages)
+            else:
+                slower = 100 * (rates["iid"] / rates[kind] - 1)
+                yield Figure(f"{what}, {kind}", slower, "% slower than iid", 10.0, detail=stages)
+            if beside:
+                ours, dense = (_median(entry, method, "forward") for method in (OURS, CUDNN))
+                detail = f"{1e3 * ours:.3f} ms, dense causal cuDNN {1e3 * dense:.3f} ms"
+                yield Figure(f"forward {_shape(case)}", dense / ours, "times", times, True, detail=detail)
+            torch.cuda.empty_cache()
+    yield from _original_shape(keep, options)
+    yield from _nothing_dropped(keep, options)
+
+
+def _original_shape(keep: list[dict], options: Options) -> Iterator[Figure]:
+    case = Case(1, 2, 1, 32768, 32768, 64, 1024, "hopper", baselines=(MASKED,))
+    entry = measure_case(case, options, [])
+    keep.append(entry)
+    kernel = 1e3 * _median(entry, STAGES, "forward")
+    yield Figure(f"forward kernel {_shape(case)}", kernel, "ms", 0.062, aim=0.05)
+    ours, mask = (_median(entry, method, "forward") for method in (OURS, MASKED))
+    detail = f"{1e3 * ours:.3f} ms end to end, SDPA with the dense mask {1e3 * mask:.3f} ms"
+    yield Figure(f"forward {_shape(case)}", mask / ours, "times", 18.0, at_least=True, detail=detail)
+
+
+def _nothing_dropped(keep: list[dict], options: Options) -> Iterator[Figure]:
+    case = Case(1, 32, 8, 4096, 4096, 128, 4096, "hopper", baselines=(CUDNN,))
+    entry = measure_case(case, options, [])
+    keep.append(entry)
+    ours, dense = _median(entry, STAGES, "forward"), _median(entry, CUDNN, "forward")
+    detail = f"{1e3 * ours:.3f} ms, dense causal cuDNN {1e3 * dense:.3f} ms"
+    what = f"forward kernel, nothing dropped, {_shape(case)}"
+    yield Figure(what, dense / ours, "of cuDNN's speed", 0.75, True, 0.9, detail)
 
 
 def memory(keep: list[dict], options: Options) -> Iterator[Figure]:
@@ -310,6 +372,7 @@ SECTIONS = (
     dense_mask,
     against_mask,
     throughput,
+    hopper_forward,
     memory,
     time_per_token,
 )
@@ -322,6 +385,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=11)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sections", help="names of sections to measure, with commas between; default: all")
     parser.add_argument(
         "--budget-seconds", type=float, default=float("inf"), help="no section begins after this long"
     )
@@ -336,7 +400,8 @@ def main() -> int:
     }
     print("\n".join(f"{name}: {value}" for name, value in found["environment"].items()))
     started, complete = time.perf_counter(), True
-    for section in SECTIONS:
+    chosen = arguments.sections.split(",") if arguments.sections else [x.__name__ for x in SECTIONS]
+    for section in (section for section in SECTIONS if section.__name__ in chosen):
         elapsed = time.perf_counter() - started
         print(f"\n{section.__name__.replace('_', ' ')} ({elapsed:.0f} s)", flush=True)
         try:

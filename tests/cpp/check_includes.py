@@ -19,7 +19,7 @@ ALLOWED = {
     "src/cuda/common": ["flash_dmattn/", "core/", "cuda/common/"],
     "src/cuda/selection": ["flash_dmattn/", "core/", "cuda/backend.h", "cuda/common/", "cuda/selection/"],
     "src/cuda/sm80": ["flash_dmattn/", "core/", "cuda/common/", "cuda/sm80/"],
-    "src/cuda/sm90": ["flash_dmattn/", "core/", "cuda/common/", "cuda/sm90/"],
+    "src/cuda/sm90": ["flash_dmattn/", "core/", "cuda/common/", "cuda/sm80/", "cuda/sm90/"],
     # src/cuda/*.cu join what the folders of kernels offer.
     "src/cuda": ["flash_dmattn/", "core/", "cuda/"],
     "src": ["flash_dmattn/", "core/", "cpu/backend.h", "cuda/backend.h"],  # src/api.cpp joins core and backends
