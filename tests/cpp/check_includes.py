@@ -18,7 +18,7 @@ ALLOWED = {
     "src/cpu": ["flash_dmattn/", "core/", "cpu/"],
     "src/cuda/common": ["flash_dmattn/", "core/", "cuda/common/"],
     "src/cuda/selection": ["flash_dmattn/", "core/", "cuda/backend.h", "cuda/common/", "cuda/selection/"],
-    "src/cuda/sm80": ["flash_dmattn/", "core/", "cuda/common/", "cuda/sm80/"],
+    "src/cuda/sm80": ["flash_dmattn/", "core/", "cuda/common/", "cuda/sm80/", "cuda/sm90/dense.h"],
     "src/cuda/sm90": ["flash_dmattn/", "core/", "cuda/common/", "cuda/sm80/", "cuda/sm90/"],
     # src/cuda/*.cu join what the folders of kernels offer.
     "src/cuda": ["flash_dmattn/", "core/", "cuda/"],
