@@ -81,6 +81,22 @@ def test_a_thousand_runs_give_the_same_bits(kernel, case, pytestconfig):
     assert not wrong, f"runs with other bits: {wrong}\n  reproduce: {reproduction(kernel, case)}"
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_ten_thousand_forwards_give_the_same_bits(kernel, head_dim, pytestconfig):
+    case = Case(1, 6000, 6000, 8, 2, head_dim, "bf16", keep_window=1024)
+    on_gpu = kernel.device == "cuda"
+    problem = make(case if on_gpu else shrunk(case, SMALL)).to(kernel.device)
+    expiry = kernel.select(problem)
+    first = bits(kernel.forward(problem, expiry))
+    differing = torch.zeros((), dtype=torch.int64, device=kernel.device)
+    repeats = 10 * pytestconfig.getoption("--repeats")
+    for _ in range(repeats):
+        for name, tensor in bits(kernel.forward(problem, expiry)).items():
+            differing += (tensor != first[name]).any()
+    count("bitwise", repeats * len(first))
+    assert differing.item() == 0, f"reproduce: {reproduction(kernel, case)}"
+
+
 @pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.id)
 def test_nearly_full_memory_changes_nothing(kernel, case):
     """The allocator has to give back and cut up what it holds."""
