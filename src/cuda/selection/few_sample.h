@@ -27,7 +27,7 @@ struct FewSample {
     if (sample.size == 0) return sample;
     sample.step = (static_cast<std::uint64_t>(prefix) << 32) / static_cast<std::uint64_t>(sample.size);
     // A sample of n of N keys holds n k / N of the best k on average, give or take the root of it. Four times
-    // that and a little go wrong once in some hundred thousand calls.
+    // that and a little is not enough for one head in some fifty thousand.
     const double share = static_cast<double>(sample.size) / prefix;
     const auto spread = [&](double place) { return share == 1 ? 16 : 4 * std::sqrt(place) + 4; };
     const double lower = window * share;

@@ -32,7 +32,12 @@ DecodeSizes decode_sizes(const ForwardArgs& args, const Geometry& geometry) {
   sizes.split_keys =
       static_cast<int>(std::max<std::int64_t>(windowed ? kWindowSplit : kCacheSplit, least_split));
   sizes.splits = static_cast<int>(std::max<std::int64_t>(ceil_div(most, sizes.split_keys), 1));
-  if (args.expiry.present() && !windowed) sizes.split_keys = 0;
+  if (args.expiry.present() && !windowed) {
+    sizes.split_keys = 0;
+    // CTAs that find nothing to do take time as well.
+    sizes.splits =
+        static_cast<int>(std::min<std::int64_t>(ceil_div(seqlen_k, kDecodeLeastSplit), kDecodeUnknownSplits));
+  }
   sizes.tiles_m = static_cast<int>(ceil_div(geometry.seqlen_q * geometry.group(), kDecodeTileM));
   return sizes;
 }

@@ -14,17 +14,18 @@
 
 namespace flash_dmattn::cuda::sm80 {
 
-constexpr int kDecodeMaxRows = 16;      // of the sequence
-constexpr int kDecodeTileM = 16;        // rows times heads of a CTA
-constexpr int kDecodeMaxSplits = 512;   // of a head
-constexpr int kDecodeLeastSplit = 128;  // keys
-constexpr int kDecodeListTile = 8192;   // keys that one CTA looks through
-constexpr int kDecodeMaxLists = 1024;   // such CTAs of a head, at most
-constexpr int kDecodeMinKeys = 512;     // fewer are one or two tiles for the other kernel
+constexpr int kDecodeMaxRows = 16;         // of the sequence
+constexpr int kDecodeTileM = 16;           // rows times heads of a CTA
+constexpr int kDecodeMaxSplits = 512;      // of a head
+constexpr int kDecodeLeastSplit = 128;     // keys
+constexpr int kDecodeUnknownSplits = 128;  // at most, where the list decides how long they are
+constexpr int kDecodeListTile = 8192;      // keys that one CTA looks through
+constexpr int kDecodeMaxLists = 1024;      // such CTAs of a head, at most
+constexpr int kDecodeMinKeys = 512;        // fewer are one or two tiles for the other kernel
 
 struct DecodeSizes {
   int lists = 0;       // of a head; 0: every key counts, and none is listed
-  int split_keys = 0;  // keys of a split; the last takes what is left. 0: the list's length decides
+  int split_keys = 0;  // keys of a split; the last takes what is left. 0: the list decides
   int splits = 0;      // of a head, at most
   int tiles_m = 0;     // of kDecodeTileM rows times heads
 };

@@ -166,13 +166,6 @@ struct DecodeConfig {
   };
 };
 
-// Keys of a split of a list of `size`.
-__device__ __forceinline__ int split_length(const DecodeSizes& sizes, int size) {
-  if (sizes.split_keys > 0) return sizes.split_keys;
-  return max(static_cast<int>(ceil_div(ceil_div(size, sizes.splits), kDecodeLeastSplit)), 1) *
-         kDecodeLeastSplit;
-}
-
 // The keys of a head as one row of entries, whatever lists they are in.
 template <int kThreads>
 class DecodeList {
@@ -214,6 +207,24 @@ class DecodeList {
   const int* first_entry_;
   const PlanEntry* entries_ = nullptr;
 };
+
+// Keys of a split. Where the list decides, those do that the first row sees: no later token changes them, nor
+// so the order in which sums are added. All threads call.
+template <typename Params, typename List>
+__device__ int split_length(const Params& params, const List& list) {
+  const DecodeSizes& sizes = params.buffers.sizes;
+  if (sizes.split_keys > 0) return sizes.split_keys;
+  const int rows_behind = params.causal ? params.geometry.seqlen_q - 1 : 0;
+  int size = list.size + kDecodeMaxRows - 1;  // with room for the keys of further rows
+  if (rows_behind > 0) {
+    const int thread = static_cast<int>(threadIdx.x);
+    const bool looks = thread < min(rows_behind, list.size);
+    const bool is_behind = looks && list.entry(list.size - 1 - thread).key > params.position(0);
+    size -= __syncthreads_count(is_behind);
+  }
+  constexpr int kUnit = kDecodeLeastSplit * kDecodeUnknownSplits;
+  return max(static_cast<int>(ceil_div(size, kUnit)), 1) * kDecodeLeastSplit;
+}
 
 // The weights of the splits in each of the 16 rows, in shared.stats[split][row].x, and lse. A warp takes a
 // row, its lanes the splits.
@@ -344,7 +355,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
 
   wait_for_previous_kernel();
   const DecodeList<kThreads> list(params, line, shared);
-  const int split_keys = split_length(sizes, list.size);
+  const int split_keys = split_length(params, list);
   // The last split takes what is left: a selection of the caller's own may be longer than its window.
   const int splits = max(min(static_cast<int>(ceil_div(list.size, split_keys)), sizes.splits), 1);
   if (split >= splits) {
