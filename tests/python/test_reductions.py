@@ -127,8 +127,14 @@ def test_a_group_equals_expanded_heads(kernel, group, dtype):
         reproduction(kernel, case),
     )
     grouped = kernel.run(problem.to(kernel.device))
-    for name in ("out", "lse", "dq"):
-        assert bit_for_bit(grouped[name], many[name]), name
+    if kernel.keeps_float32:  # the tiles of rows of the others, and with them the order of sums, follow the group
+        for name in ("out", "lse", "dq"):
+            assert bit_for_bit(grouped[name], many[name]), name
+    else:
+        require(
+            tiers.judge(grouped, answer, problem.query.dtype, kernel.keeps_float32),
+            reproduction(kernel, case),
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

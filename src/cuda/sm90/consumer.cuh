@@ -128,7 +128,8 @@ struct Consumer {
       row_max = fmaxf(row_max, __shfl_xor_sync(0xffffffffu, row_max, 2));
       // While no key is visible 0 is subtracted, since (-inf) - (-inf) is NaN.
       const float base = row_max == -INFINITY ? 0 : row_max * params.scale_log2;
-      rescale[i] = exp2_approx(fmaf(max[i], params.scale_log2, -base));
+      // Exactly 1 where nothing new came: base is rounded, the product in fmaf is not.
+      rescale[i] = row_max == max[i] ? 1 : exp2_approx(fmaf(max[i], params.scale_log2, -base));
       max[i] = row_max;
       float step_sum[2] = {0, 0};
 #pragma unroll
