@@ -50,4 +50,4 @@ def test_shares_together_are_the_whole(tmp_path):
     shares = [run(tmp_path, *options, "--shard", f"{i}/2")[0] for i in range(2)]
     assert [share["tests"]["passed"] for share in shares] == [3, 3]
     ran = {name for share in shares for name, _ in share["slowest"]}
-    assert len(ran) == 4
+    assert len(ran) == 6
