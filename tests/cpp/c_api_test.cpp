@@ -132,9 +132,9 @@ TEST(CApi, UnknownTypesAreRefusedInEveryTensor) {
   }
   {
     using Args = flash_dmattn_plan_args;
-    check_fields<Args>(
-        "plan", calls.plan,
-        {FIELD(expiry), FIELD(score), FIELD(bias), FIELD(cu_seqlens_q), FIELD(cu_seqlens_k), FIELD(plan)});
+    check_fields<Args>("plan", calls.plan,
+                       {FIELD(expiry), FIELD(score), FIELD(bias), FIELD(mask), FIELD(cu_seqlens_q),
+                        FIELD(cu_seqlens_k), FIELD(plan)});
   }
   {
     using Args = flash_dmattn_forward_args;

@@ -118,6 +118,8 @@ TEST(Device, WrongArgumentsOfAPlanOfBits) {
   args.expiry = untouchable(DType::kInt32, {2, 2, 5});
   args.bias = untouchable(DType::kFloat32, {1, 1, 3, 5});
   EXPECT_EQ(message(args), std::string("flash_dmattn::plan") + kNone);
+  args.bias = {};
+  args.expiry = {};
   args.cu_seqlens_q = args.cu_seqlens_k = untouchable(DType::kInt32, {3});
   EXPECT_EQ(message(args), name +
                                "mask: got a tensor with cu_seqlens, expected none: packed sequences take no "

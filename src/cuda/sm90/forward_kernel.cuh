@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
       barrier_init(shared_address(&shared.value_empty[i]), 4 * Config::kConsumers);
     }
     for (int i = 0; i < Config::kPlanned; ++i) {
-      barrier_init(shared_address(&shared.step_full[i]), 1);
+      barrier_init(shared_address(&shared.step_full[i]), 32);
       barrier_init(shared_address(&shared.step_empty[i]), Config::kGather ? 2 : 1);
     }
     for (int i = 0; i < 2; ++i) {

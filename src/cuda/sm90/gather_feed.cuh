@@ -40,8 +40,7 @@ struct KeyLister {
       step.count = min(count, kTileN);
       step.flags = (tests & kAll) | flags;
     }
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&shared.step_full[place.index]));
+    barrier_arrive(shared_address(&shared.step_full[place.index]));  // each lane for what it has written
     place.advance();
     tests >>= Config::kUnits;
     count = max(count - kTileN, 0);

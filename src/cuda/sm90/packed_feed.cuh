@@ -21,8 +21,7 @@ struct Planner {
     auto& step = shared.planned[place.index];
     if (lane < Config::kUnits) step.units[lane] = unit;
     if (lane == 0) step.flags = flags;
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared_address(&shared.step_full[place.index]));
+    barrier_arrive(shared_address(&shared.step_full[place.index]));  // each lane for what it has written
     place.advance();
   }
 
