@@ -83,6 +83,7 @@ cudaError_t run(const ForwardArgs& args, const PlanView& plan, const ForwardBuff
 struct Instance {
   DType dtype;
   int head_dim;  // the largest it takes
+  bool packs;    // the keys, before the kernel
   std::size_t shared_bytes;
   cudaError_t (*run)(const ForwardArgs&, const PlanView&, const ForwardBuffers&, bool early, int device,
                      cudaStream_t);
@@ -90,7 +91,7 @@ struct Instance {
 
 template <typename Config>
 constexpr Instance instance(DType dtype) {
-  return {dtype, Config::kHeadDim, sizeof(typename Config::SharedMemory), run<Config>};
+  return {dtype, Config::kHeadDim, !Config::kGather, sizeof(typename Config::SharedMemory), run<Config>};
 }
 
 template <typename Element>
@@ -143,6 +144,7 @@ std::string forward_why_not(const ForwardArgs& args, int device) {
 
 ForwardBuffers cut_forward(Arena& arena, const ForwardArgs& args, const PlanView& plan) {
   const Geometry geometry = make_geometry(args);
+  if (!find(args)->packs) return {.packed = {}, .heads_per_wave = geometry.heads_kv};
   const std::size_t row_bytes = 2 * static_cast<std::size_t>(find(args)->head_dim);
   const auto blocks = static_cast<std::size_t>(KeyBlocks::per_head(geometry, plan));
   const std::size_t head_bytes = blocks * kUnitsPerBlock * (2 * kUnit * row_bytes + sizeof(UnitKeys));
