@@ -23,13 +23,13 @@ struct Consumer {
   int consumer;  // of the CTA
   int first_m;   // of the thread's rows in the tile: first_m and first_m + 8
 
-  float out[kHeadDim / 2];
-  float scores[kTileN / 2];  // S, logits / scale; then probabilities
-  std::uint32_t probabilities[kTileN / 16][4];
-  float max[2];  // of a row's scores so far; -inf: no key was visible yet
-  float sum[2];  // of this thread's columns
-  float rescale[2];
-  int position[2];
+  float out[kHeadDim / 2] = {};
+  float scores[kTileN / 2] = {};  // S, logits / scale; then probabilities
+  std::uint32_t probabilities[kTileN / 16][4] = {};
+  float max[2] = {};  // of a row's scores so far; -inf: no key was visible yet
+  float sum[2] = {};  // of this thread's columns
+  float rescale[2] = {};
+  int position[2] = {};
 
   __device__ void wait_for_turn() { named_barrier_sync(kTurn + consumer, 2 * kWarpgroup); }
   __device__ void pass_turn() {

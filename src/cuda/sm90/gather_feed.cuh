@@ -18,9 +18,9 @@ struct KeyLister {
 
   const ForwardParams<Element>& params;
   typename Config::SharedMemory& shared;
-  RingPlace<Config::kSlots> place;  // of the step being filled
-  int count = 0;                    // keys in it
-  unsigned tests = 0;               // of its units; those of the next step from bit kUnits on
+  RingPlace<Config::kSlots> place = {};  // of the step being filled
+  int count = 0;                         // keys in it
+  unsigned tests = 0;                    // of its units; those of the next step from bit kUnits on
 
   __device__ void wait_for_slot(const RingPlace<Config::kSlots>& slot) {
     barrier_wait(shared_address(&shared.step_empty[slot.index]), slot.parity ^ 1);
@@ -126,8 +126,8 @@ struct RowCopier {
 
   const ForwardParams<Element>& params;
   typename Config::SharedMemory& shared;
-  RingPlace<Config::kSlots> slot;
-  RingPlace<Config::kStages> place;
+  RingPlace<Config::kSlots> slot = {};
+  RingPlace<Config::kStages> place = {};
   int steps = 0;  // so far
 
   __device__ static int lane() { return static_cast<int>(threadIdx.x % 32); }

@@ -12,7 +12,7 @@ struct Planner {
 
   const ForwardParams<Element>& params;
   typename Config::SharedMemory& shared;
-  RingPlace<Config::kPlanned> place;
+  RingPlace<Config::kPlanned> place = {};
 
   // unit: of this lane.
   __device__ void put(int unit, unsigned flags) {
@@ -57,10 +57,10 @@ template <typename Config>
 struct Copier {
   const PackedKeys& packed;
   typename Config::SharedMemory& shared;
-  RingPlace<Config::kStages> place;        // of the next step
-  RingPlace<Config::kStages> value_place;  // of the step whose V has not been copied yet
-  int value_unit;                          // its unit, of this lane
-  int value_count;                         // see units_to_copy
+  RingPlace<Config::kStages> place = {};        // of the next step
+  RingPlace<Config::kStages> value_place = {};  // of the step whose V has not been copied yet
+  int value_unit = 0;                           // its unit, of this lane
+  int value_count = 0;                          // see units_to_copy
 
   // How many units, from that of this lane on, follow each other in the packed keys; 0 where the lane before
   // has counted them.
