@@ -222,7 +222,7 @@ __device__ __forceinline__ void Consumer<Config>::store(int query_index, const f
 
 template <typename Config>
 __device__ __forceinline__ void Consumer<Config>::run() {
-  RingPlace<Config::kStages> place;  // of the step whose logits come next
+  RingPlace<Config::kStages> place;  // of the step whose scores come next
   RingPlace<Config::kSlots> slot;    // of its entries
   RingPlace<2> query;                // of its tile
   constexpr unsigned kTests = (1u << Config::kUnits) - 1;

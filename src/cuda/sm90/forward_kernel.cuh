@@ -1,4 +1,5 @@
-// The forward pass on Hopper: wgmma on packed keys (packed_keys.cuh), one persistent CTA per multiprocessor.
+// The forward pass on Hopper: wgmma on keys that are packed (packed_keys.cuh) or gathered one by one
+// (gather_feed.cuh), one persistent CTA per multiprocessor.
 //
 //   for each tile of rows, for each step of its keys:  S = scale Q K^T + bias, hidden where the key is not
 //                                                      visible
@@ -7,8 +8,11 @@
 //
 // Roles. The CTA's warpgroups are one of producers and kConsumers of consumers:
 //
-//   planner, warp 0   forms the steps of each tile (key_units.cuh), several ahead
-//   copier, warp 1    copies K, entries and biases of a step, and V of the step before
+//                     packed                                gathered
+//   planner, warp 0   forms the steps of each tile          lists the keys of each step, their entries and
+//                     (key_units.cuh), several ahead        biases, several steps ahead
+//   copiers           warp 1: K, entries and biases of a    warp 1: the rows of K; warp 3: those of V
+//                     step, and V of the step before
 //   reader, warp 2    copies Q of the next tile while the consumers work on this one
 //   consumers         products and softmax of 64 rows each; each stores its own rows of out and lse
 //
@@ -16,8 +20,8 @@
 // the two query tiles:
 //
 //   barrier      its phase ends when                          who waits
-//   step_full    the units of the step are known              copier
-//   step_empty   they have been read                          planner, before it plans another
+//   step_full    the units or keys of the step are known      copiers
+//   step_empty   they have been read; keys by consumers too    planner, before it plans another
 //   key_full     K, entries, biases of the step are there     consumers
 //   value_full   V is there                                   consumers
 //   key_empty    all consumer warps have their scores         copier, before it copies K again
