@@ -134,3 +134,47 @@ def test_tables_come_from_the_results(tmp_path):
     assert "| forward | 512 | 512 | 64 | 50.0 | 2.00 | 25x |" in done.stdout, done.stdout + done.stderr
     assert "| forward | 512 | 512 | 64 | - | 2.00 | - |" in done.stdout and "old" not in done.stdout
     assert "a GPU, PyTorch 2, commit `abc`; medians of 3 runs." in done.stdout
+
+
+# Where nothing is dropped and every key has the same score, the two ways to attend compute the same; where
+# something is dropped, they do not.
+SAME_LOSS = """
+import sys
+
+folder, window, *sys.argv[1:] = sys.argv[1:]
+sys.path.insert(0, folder)
+import training_step
+
+sys.argv += ["--device", "cpu", "--dtype", "float32", "--hidden", "32", "--heads", "4", "--heads-kv", "2"]
+sys.argv += ["--layers", "1", "--window", window, "--score-spread", "0"]
+options = training_step.parse_arguments()
+print(*(float(training_step.make_step(name, 48, options)()) for name in ("dynamic mask", "dense")))
+"""
+
+
+@pytest.mark.parametrize("window", [48, 4])
+def test_training_step_compares_the_same_models(window):
+    command = [sys.executable, "-c", SAME_LOSS, BENCHMARKS, str(window)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    dynamic, dense = (float(word) for word in done.stdout.split())
+    assert (abs(dynamic - dense) < 1e-5) == (window == 48), done.stdout
+
+
+def test_training_step_measures_every_model(tmp_path):
+    out = tmp_path / "steps.json"
+    sizes = "--hidden 32 --heads 4 --heads-kv 2 --layers 1 --window 8 --seqlens 32 64 --runs 2 --rounds 2"
+    command = [
+        sys.executable,
+        BENCHMARKS / "training_step.py",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
+    subprocess.run([*command, *sizes.split(), "--out", out], check=True, timeout=120)
+    lengths = json.loads(out.read_text())["lengths"]
+    assert [entry["seqlen"] for entry in lengths] == [32, 64]
+    for entry in lengths:
+        assert set(entry["seconds"]) == {"dynamic mask", "dense", "none"}
+        assert all(len(found["samples"]) == 4 and found["median"] > 0 for found in entry["seconds"].values())
