@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +26,7 @@ import environment
 from flash_dmattn.nn import DynamicMaskAttention
 from measure import statistic
 from run import write
+from timing import timed
 
 VOCABULARY = 256
 
@@ -40,10 +40,7 @@ class OtherAttention(DynamicMaskAttention):
             project(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim))
             for project in (self.k_proj, self.v_proj)
         )
-        query, key = (
-            self._rotate(query, *position_embeddings),
-            self._rotate(key, *position_embeddings),
-        )
+        query, key = (self._rotate(x, *position_embeddings) for x in (query, key))
         return self.o_proj(self.mix(query, key, value).flatten(-2))
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -63,23 +60,18 @@ class NoAttention(OtherAttention):
         return query + (key + value).repeat_interleave(self.num_heads // self.num_kv_heads, dim=2)
 
 
-ATTENTION = {
-    "dynamic mask": DynamicMaskAttention,
-    "dense": DenseAttention,
-    "none": NoAttention,
-}
+ATTENTION = {"dynamic mask": DynamicMaskAttention, "dense": DenseAttention, "none": NoAttention}
 
 
 class Block(nn.Module):
     def __init__(self, attention: nn.Module, hidden: int):
         super().__init__()
         width = 64 * round(hidden * 8 / 3 / 64)
-        self.attention_norm, self.attention = nn.RMSNorm(hidden), attention
+        self.attention_norm = nn.RMSNorm(hidden)
+        self.attention = attention
         self.mlp_norm = nn.RMSNorm(hidden)
-        self.gate_up, self.down = (
-            nn.Linear(hidden, 2 * width, bias=False),
-            nn.Linear(width, hidden, bias=False),
-        )
+        self.gate_up = nn.Linear(hidden, 2 * width, bias=False)
+        self.down = nn.Linear(width, hidden, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotary)
@@ -93,21 +85,11 @@ class Model(nn.Module):
         hidden = options.hidden
         self.embedding = nn.Embedding(VOCABULARY, hidden)
         self.blocks = nn.ModuleList(
-            Block(
-                attention(
-                    hidden,
-                    options.heads,
-                    options.heads_kv,
-                    keep_window_size=options.window,
-                ),
-                hidden,
-            )
+            Block(attention(hidden, options.heads, options.heads_kv, keep_window_size=options.window), hidden)
             for _ in range(options.layers)
         )
-        self.norm, self.head = (
-            nn.RMSNorm(hidden),
-            nn.Linear(hidden, VOCABULARY, bias=False),
-        )
+        self.norm = nn.RMSNorm(hidden)
+        self.head = nn.Linear(hidden, VOCABULARY, bias=False)
         for block in self.blocks:
             nn.init.normal_(block.attention.A, std=options.score_spread)
 
@@ -141,11 +123,6 @@ def make_step(name: str, seqlen: int, options: argparse.Namespace) -> Callable[[
     return step
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def peak_bytes(step: Callable[[], Tensor], device: str) -> int | None:
     """Of everything that is allocated during a step; not known on the CPU."""
     if device != "cuda":
@@ -160,17 +137,16 @@ def peak_bytes(step: Callable[[], Tensor], device: str) -> int | None:
 def measure(name: str, seqlen: int, options: argparse.Namespace) -> dict[str, object]:
     """Seconds of a step in a block of runs; the models are too large to stay side by side."""
     step = make_step(name, seqlen, options)
-    for _ in range(options.warmup):
+    for _ in range(max(options.warmup, 1)):
         loss = step()
     if not torch.isfinite(loss):
         raise RuntimeError(f"{name} at {seqlen} tokens: the loss is {loss}")
-    seconds = []
-    for _ in range(options.runs):
-        synchronize(options.device)
-        start = time.perf_counter()
+
+    def work(mark: Callable[[str], None]) -> None:
         step()
-        synchronize(options.device)
-        seconds.append(time.perf_counter() - start)
+        mark("step")
+
+    seconds = [timed(options.device, work)["step"] for _ in range(options.runs)]
     return {"seconds": seconds, "peak_bytes": peak_bytes(step, options.device)}
 
 
@@ -211,17 +187,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--heads-kv", type=int, default=4)
     parser.add_argument("--window", type=int, default=1024, help="keys that a query keeps")
-    parser.add_argument(
-        "--score-spread",
-        type=float,
-        default=1.0,
-        help="of the initial A; at 0 all scores tie, as in the layer",
-    )
+    spread = "of the initial A; at 0 all scores tie, as in the layer"
+    parser.add_argument("--score-spread", type=float, default=1.0, help=spread)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each model")
     parser.add_argument("--runs", type=int, default=5, help="steps in a turn")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them, at least 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     return parser.parse_args()
@@ -232,11 +204,7 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("needs a CUDA device; --device cpu does without")
     settings = {name: value for name, value in vars(options).items() if name not in ("out", "seqlens")}
-    found: dict = {
-        "environment": environment.describe(),
-        "options": settings,
-        "lengths": [],
-    }
+    found: dict = {"environment": environment.describe(), "options": settings, "lengths": []}
     print("\n".join(f"{name}: {value}" for name, value in found["environment"].items()))
     for seqlen in options.seqlens:
         found["lengths"].append(measure_length(seqlen, options))

@@ -164,14 +164,7 @@ def test_training_step_compares_the_same_models(window):
 def test_training_step_measures_every_model(tmp_path):
     out = tmp_path / "steps.json"
     sizes = "--hidden 32 --heads 4 --heads-kv 2 --layers 1 --window 8 --seqlens 32 64 --runs 2 --rounds 2"
-    command = [
-        sys.executable,
-        BENCHMARKS / "training_step.py",
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-    ]
+    command = [sys.executable, BENCHMARKS / "training_step.py", "--device", "cpu", "--dtype", "float32"]
     subprocess.run([*command, *sizes.split(), "--out", out], check=True, timeout=120)
     lengths = json.loads(out.read_text())["lengths"]
     assert [entry["seqlen"] for entry in lengths] == [32, 64]

@@ -21,7 +21,7 @@
 //
 //   barrier      its phase ends when                          who waits
 //   step_full    the units or keys of the step are known      copiers
-//   step_empty   they have been read; keys by consumers too    planner, before it plans another
+//   step_empty   they have been read; keys by consumers too   planner, before it plans another
 //   key_full     K, entries, biases of the step are there     consumers
 //   value_full   V is there                                   consumers
 //   key_empty    all consumer warps have their scores         copier, before it copies K again
